@@ -1,0 +1,106 @@
+"""Activation checkpointing: what backward computes again rather than keeps.
+
+Modes (Chen et al. 2016, arXiv 1604.06174; selective: Korthikanti et al. 2022, arXiv 2205.05198):
+
+- ``none``: keep every activation;
+- ``full``: keep each block's input only;
+- ``selective`` with an integer n: ``full`` on every n-th block;
+- ``selective`` with ``op``: in every block keep the results of the costly ops (`SAVED_OPS`) and, of matmuls,
+  every second one; recompute the rest;
+- ``memory_budget``: the compiler's partitioner solves for the given share of activation memory.
+
+A block's `forward` is wrapped in place, so its FQNs stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from parallelisms.blocks import blocks_of
+from parallelisms.config import ActivationCheckpointConfig
+
+_aten = torch.ops.aten
+_MATMULS = {_aten.mm.default, _aten.linear.default}
+SAVED_OPS = {
+    *_MATMULS,
+    _aten._scaled_mm.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    # The largest value of a tensor is a scalar: keeping it saves a pass, and a float8 scale that were
+    # computed again could differ from the one that the forward used.
+    _aten.max.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+}
+"""Ops whose results are worth their memory: costly to compute, or small."""
+
+
+def apply_activation_checkpoint(model: nn.Module, blocks: str, config: ActivationCheckpointConfig) -> str:
+    """Wrap the blocks that `config` asks for; returns what was done, for the start-up log."""
+    named = list(blocks_of(model, blocks))
+    if config.mode == "none":
+        return "activation checkpointing: none"
+    if config.mode == "memory_budget":
+        torch._functorch.config.activation_memory_budget = config.memory_budget
+        torch._functorch.config.visualize_memory_budget_pareto = config.visualize_memory_budget_pareto
+        return f"activation checkpointing: memory budget {config.memory_budget:g} (left to the compiler)"
+    if config.mode == "selective" and config.selective_ac_option == "op":
+        skip = config.per_op_sac_force_recompute_mm_shapes_by_fqns
+        _wrap((block for _, block in named), config, partial(_selective_context, _shapes(named, skip)))
+        return f"activation checkpointing: per op, in {len(named)} of {len(named)} blocks"
+    every = 1 if config.mode == "full" else int(config.selective_ac_option)
+    chosen = [block for index, (_, block) in enumerate(named, 1) if index % every == 0]
+    _wrap(chosen, config, None)
+    return f"activation checkpointing: {len(chosen)} of {len(named)} blocks recomputed"
+
+
+def _wrap(
+    blocks: Iterable[nn.Module], config: ActivationCheckpointConfig, context: Callable[[], Any] | None
+) -> None:
+    arguments: dict[str, Any] = {"context_fn": context} if context else {}
+    for block in blocks:
+        block.forward = partial(  # type: ignore[method-assign]
+            checkpoint,
+            block.forward,
+            use_reentrant=False,
+            preserve_rng_state=config.preserve_rng_state,
+            determinism_check=config.determinism_check,
+            early_stop=config.early_stop,
+            debug=config.debug,
+            **arguments,
+        )
+
+
+def _shapes(named: Iterable[tuple[str, nn.Module]], fqns: Iterable[str]) -> set[tuple[int, int]]:
+    """(K, N) of the linears whose FQN holds one of `fqns`: their matmuls are always recomputed."""
+    wanted = tuple(fqns)
+    return {
+        (linear.in_features, linear.out_features)
+        for block_fqn, block in named
+        for name, linear in block.named_modules()
+        if isinstance(linear, nn.Linear) and any(part in f"{block_fqn}.{name}" for part in wanted)
+    }
+
+
+def _selective_context(recomputed_shapes: set[tuple[int, int]]) -> Any:
+    """Contexts for one block and one pass: each has its own count of matmuls."""
+    seen = {"forward": 0, "recompute": 0}
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op in _MATMULS:
+            if tuple(args[1].shape) in recomputed_shapes:
+                return CheckpointPolicy.PREFER_RECOMPUTE
+            phase = "recompute" if context.is_recompute else "forward"
+            seen[phase] += 1
+            if seen[phase] % 2 == 0:
+                return CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

@@ -1,0 +1,83 @@
+"""Process group, device, determinism: what a rank sets up before a model exists."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from parallelisms.config import CommConfig
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Who this process is. One process without torchrun is rank 0 of 1."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @classmethod
+    def from_env(cls) -> Rank:
+        """Read torchrun's variables and choose the device: this rank's GPU, or the CPU where there is none."""
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        return cls(int(os.environ.get("RANK", 0)), local_rank, int(os.environ.get("WORLD_SIZE", 1)), device)
+
+
+def init_process_group(rank: Rank, config: CommConfig, *, cpu_collectives: bool = False) -> None:
+    """Join the process group: NCCL on GPUs, gloo on CPUs, both where `cpu_collectives` (CPU offload)."""
+    if rank.device.type == "cuda":
+        torch.cuda.set_device(rank.device)
+        backend = "cuda:nccl,cpu:gloo" if cpu_collectives else "nccl"
+        if config.trace_buf_size > 0:
+            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(config.trace_buf_size))
+            os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    else:
+        backend = "gloo"
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", "0")
+    os.environ.setdefault("RANK", str(rank.rank))
+    os.environ.setdefault("WORLD_SIZE", str(rank.world_size))
+    dist.init_process_group(
+        backend,
+        timeout=timedelta(seconds=config.init_timeout_seconds),
+        device_id=rank.device if rank.device.type == "cuda" and not cpu_collectives else None,
+    )
+
+
+def set_collective_timeout(mesh: DeviceMesh, seconds: int) -> None:
+    """Give every process group of `mesh` (and the world) another timeout.
+
+    Step 1 waits for compilation and first allocations; afterwards a collective that takes long is a hang,
+    so the trainer shortens the timeout once step 1 is over.
+    """
+    timeout = timedelta(seconds=seconds)
+    dist.barrier(device_ids=[torch.cuda.current_device()] if mesh.device_type == "cuda" else None)
+    groups = [mesh.get_group(axis) for axis in mesh.mesh_dim_names or ()]
+    for group in [*groups, None]:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def set_deterministic(warn_only: bool) -> None:
+    """Allow deterministic algorithms only; equal runs then give equal bits."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def shared_seed(seed: int | None, device: torch.device) -> int:
+    """`seed`, or one drawn by rank 0 that every rank then has."""
+    if seed is not None:
+        return seed
+    drawn = torch.randint(2**31, (1,), dtype=torch.int64).to(device)
+    if dist.get_world_size() > 1:
+        dist.broadcast(drawn, src=0)
+    return int(drawn)

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Run the test suite: ./run_tests.sh [pytest arguments], ./run_tests.sh -m gpu on a host with a GPU.
+#
+# The first use makes .venv and installs, with the tools that developers need; an active environment that
+# already imports what the tests import is used as it is.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$root/.ci/environment.sh"
+use_environment "torch tyro tomli pytest pytest_timeout xdist hypothesis" "$root" dev
+
+cd "$root"
+exec "$python" -m pytest "$@"

@@ -1,0 +1,104 @@
+"""From a configuration to a model that can train: the one order, as code.
+
+    model on meta -> converters -> activation checkpointing -> compile per block -> FSDP2 -> materialise
+
+Each line below is one step and returns what it did; the order is part of the design. Converters come first
+because they swap modules; checkpointing wraps a block's forward before the compiler sees it; FSDP comes last
+because it shards what the others made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from converters import CONVERTERS, ConversionReport, Converter, ConverterContext
+from models import MODELS
+from models.spec import FlopInputs
+from parallelisms.activation_checkpoint import apply_activation_checkpoint
+from parallelisms.compile import apply_compile
+from parallelisms.fsdp import apply_fsdp
+from parallelisms.mesh import Mesh
+from trainer.config.checks import model_config
+from trainer.config.errors import ConfigError, Problem
+from trainer.config.job import JobConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model ready to train, and what was done to it."""
+
+    model: nn.Module
+    converters: list[Converter]
+    reports: list[ConversionReport]
+    flop_inputs: FlopInputs
+    notes: list[str]
+    """One line per step of the build, for the start-up log."""
+
+
+def build_model(config: JobConfig, mesh: Mesh, device: torch.device, seed: int) -> BuiltModel:
+    """Build, convert, wrap and initialise the model of `config`.
+
+    Raises:
+        ConfigError: a converter cannot work with these settings.
+    """
+    spec = MODELS[config.model.name]
+    sizes = model_config(config)
+    with torch.device("meta"):
+        model = spec.build(sizes).to(DTYPES[config.training.dtype])
+    converters, reports = _convert(model, config, mesh, device)
+    notes = [
+        apply_activation_checkpoint(model, spec.blocks, config.activation_checkpoint),
+        apply_compile(model, spec.blocks, config.compile),
+        apply_fsdp(
+            model,
+            spec.blocks,
+            spec.roles,
+            mesh.fsdp,
+            param_dtype=DTYPES[config.training.mixed_precision_param],
+            reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
+            reshard_after_forward=config.parallelism.fsdp_reshard_after_forward != "never",
+            cpu_offload=config.training.enable_cpu_offload,
+        ),
+    ]
+    _materialise(model, torch.device("cpu") if config.training.enable_cpu_offload else device, seed)
+    return BuiltModel(model, converters, reports, spec.flop_inputs(sizes), notes)
+
+
+def _convert(
+    model: nn.Module, config: JobConfig, mesh: Mesh, device: torch.device
+) -> tuple[list[Converter], list[ConversionReport]]:
+    context = ConverterContext(
+        device_type=device.type,
+        tokens_per_microbatch=config.training.local_batch_size * config.training.seq_len,
+        tp_degree=mesh.degrees["tp"],
+        dp_shard_degree=mesh.degrees["dp_shard"],
+        compile_model=config.compile.enable and "model" in config.compile.components,
+    )
+    converters, reports = [], []
+    for name in config.model.converters:
+        row = CONVERTERS[name]
+        section: Any = config
+        for part in row.section.split("."):
+            section = getattr(section, part)
+        try:
+            converter = row.build(section, context)
+            reports.append(converter.convert(model))
+        except ValueError as error:
+            raise ConfigError([Problem(f"[{row.section}]", str(error))]) from None
+        converters.append(converter)
+    return converters, reports
+
+
+def _materialise(model: nn.Module, device: torch.device, seed: int) -> None:
+    """Give the shards memory and fill them: the same weights for a seed under every layout."""
+    model.to_empty(device=device)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        model.init_weights()  # type: ignore[operator]
+    model.train()

@@ -1,0 +1,48 @@
+"""The [checkpoint] section. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved, when, and what a run starts from."""
+
+    enable: bool = False
+    """Save checkpoints, and resume from the newest one in the folder."""
+    enable_ft_dataloader_checkpoints: bool = True
+    """Per-replica data positions for replicated fault tolerance."""
+    folder: str = "checkpoint"
+    """Subfolder of job.dump_folder."""
+    interval: int = field(default=500, metadata={"min": 1})
+    """Steps between saves."""
+    initial_load_path: str | None = None
+    """Checkpoint to start from while the folder has none."""
+    initial_load_model_only: bool = True
+    """Take only the model's weights from it."""
+    initial_load_in_hf: bool = False
+    """It holds Hugging Face safetensors (without a path: model.hf_assets_path)."""
+    initial_load_in_hf_quantized: bool = False
+    """Its weights are block-quantized float8 and are dequantized on load."""
+    last_save_model_only: bool = False
+    """Drop optimizer and data position from the final save, which then cannot be continued exactly."""
+    last_save_in_hf: bool = False
+    """Write the final save as Hugging Face safetensors; needs last_save_model_only."""
+    export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
+    """Dtype of a model-only final save."""
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """Whether training goes on while a save is written."""
+    keep_latest_k: int = field(default=10, metadata={"min": 0})
+    """Checkpoints kept; 0 keeps all, 1 is refused."""
+    load_step: int = field(default=-1, metadata={"min": -1})
+    """Step to resume from; -1 is the newest."""
+    exclude_from_loading: list[str] = field(default_factory=list)
+    """Parts of the state not to load: optimizer, lr_scheduler, dataloader, train_state."""
+    enable_first_step_checkpoint: bool = False
+    """Save after step 1 too, to learn early whether saving works."""
+    create_seed_checkpoint: bool = False
+    """Write the initial model as step 0 and exit; on one device."""
+    load_only: bool = False
+    """Load but never save."""

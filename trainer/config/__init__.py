@@ -1,0 +1,1 @@
+"""Configuration: dataclasses composed, loaded strictly, checked, shown. Torch-free."""

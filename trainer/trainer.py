@@ -1,0 +1,353 @@
+"""The Trainer: built in numbered steps, then one loop.
+
+    loaded config -> 1 processes -> 2 run folder -> 3 data -> 4 model -> 5 optimizer -> 6 metrics -> train()
+
+Everything that a step does is in `train_step` and `forward_backward`; what happens around steps (logging,
+validation, garbage collection, profiling) is in `train`.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallelisms.distributed import (
+    Rank,
+    init_process_group,
+    set_collective_timeout,
+    set_deterministic,
+    shared_seed,
+)
+from parallelisms.fsdp import set_requires_gradient_sync
+from parallelisms.mesh import build_mesh
+from trainer.build import build_model
+from trainer.config import checks
+from trainer.config.errors import ConfigError, Problem
+from trainer.config.load import Loaded
+from trainer.config.render import as_json
+from trainer.data.datasets import dataset_note
+from trainer.data.loader import Batch, DataLoader, build_dataloader
+from trainer.data.tokenizer import build_tokenizer
+from trainer.loss import cross_entropy_sum
+from trainer.metrics.flops import flops_per_token
+from trainer.metrics.logger import MetricsLogger
+from trainer.optim.clipping import clip_grad_norm
+from trainer.optim.optimizer import build_optimizer
+from trainer.optim.schedule import build_lr_scheduler
+from trainer.profiling import MemorySnapshotRecorder, TraceRecorder, oom_message, resident_bytes
+from trainer.run_folder import open_run_folder, package_version, write_records
+
+log = logging.getLogger(__name__)
+
+
+class OutOfDeviceMemory(RuntimeError):
+    """The device ran out of memory; the message says what was resident and which settings lower it."""
+
+
+class Trainer:
+    """One rank of a training run."""
+
+    def __init__(self, loaded: Loaded, rank: Rank):
+        config = loaded.config
+        self.loaded, self.config, self.rank, self.device = loaded, config, rank, rank.device
+
+        # 1. Processes: group, mesh, seed.
+        if config.debug.deterministic:
+            set_deterministic(config.debug.deterministic_warn_only)
+        init_process_group(rank, config.comm, cpu_collectives=config.training.enable_cpu_offload)
+        self.mesh = build_mesh(config.parallelism, self.device.type, rank.world_size)
+        self.seed = shared_seed(config.debug.seed, self.device)
+        self.batch = checks.batch_arithmetic(config, rank.world_size)
+        self._announce_start()
+
+        # 2. Run folder.
+        self.folder = open_run_folder(loaded)
+
+        # 3. Data.
+        with _as_config_error(loaded, "model.hf_assets_path"):
+            self.tokenizer = build_tokenizer(config.model.hf_assets_path)
+        self._check_vocabulary()
+        self.data = self._build_data("training", self.seed, infinite=True)
+        log.info(self._describe_data())
+
+        # 4. Model.
+        with self._out_of_memory_explained():
+            built = build_model(config, self.mesh, self.device, self.seed)
+        self.model, self.converters = built.model, built.converters
+        self.flops_per_token = flops_per_token(built.flop_inputs, config.training.seq_len)
+        self._announce_model(built.flop_inputs.parameters, built.reports, built.notes)
+
+        # 5. Loss, optimizer, learning rate.
+        self.loss_fn = cross_entropy_sum
+        if config.compile.enable and "loss" in config.compile.components:
+            self.loss_fn = torch.compile(cross_entropy_sum, backend=config.compile.backend)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, config.training.steps)
+
+        # 6. Metrics and records.
+        self.step = 0
+        self.tokens_seen = 0
+        self.metrics = self._build_metrics()
+        devices = self._device_names()
+        if rank.rank == 0:
+            reports = [report.to_dict() for report in built.reports]
+            write_records(self.folder, loaded, seed=self.seed, devices=devices, reports=reports)
+        log.info("run folder: %s", self.folder)
+
+    def train(self) -> None:
+        """Run all steps."""
+        config, metrics = self.config, self.metrics
+        gc.disable()
+        batches = iter(self.data)
+        with ExitStack() as stack:
+            stack.callback(self.data.close)
+            stack.callback(metrics.close)
+            stack.enter_context(self._out_of_memory_explained())
+            trace = stack.enter_context(
+                TraceRecorder(
+                    config.profiling, self.folder, rank=self.rank.rank, last_step=config.training.steps
+                )
+            )
+            snapshots = stack.enter_context(
+                MemorySnapshotRecorder(
+                    config.profiling, self.folder, device=self.device, rank=self.rank.rank
+                )
+            )
+            metrics.start()
+            while self.step < config.training.steps:
+                self.step += 1
+                self.train_step(batches)
+                if self._validation_due():
+                    self.validate()
+                trace.step()
+                snapshots.step()
+                if self.step == 1:
+                    set_collective_timeout(self.mesh.device_mesh, config.comm.train_timeout_seconds)
+                if self.step % config.training.gc_freq == 0:
+                    gc.collect(1)
+            metrics.finish(self.step, tokens_seen=self.tokens_seen)
+
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step over all micro-batches, and its log line where one is due."""
+        micro_batches = self._next_batches(batches)
+        valid_here = sum(batch.label_count for batch in micro_batches)
+        valid = self._sum_over_data_ranks(torch.tensor(float(valid_here), device=self.device))
+        loss = torch.zeros((), device=self.device)
+        for index, batch in enumerate(micro_batches, 1):
+            set_requires_gradient_sync(self.model, index == len(micro_batches))
+            loss += self.forward_backward(batch, valid)
+        for converter in self.converters:
+            converter.after_backward(self.model)
+        grad_norm = clip_grad_norm(self.model.parameters(), self.config.training.max_norm)
+        lr = self.lr_scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        for converter in self.converters:
+            converter.after_optimizer_step(self.model)
+        self.tokens_seen += self.batch.tokens_per_step
+        self.metrics.count_step(sum(batch.tokens.numel() for batch in micro_batches))
+        if self.metrics.should_log(self.step):
+            self._log_step(loss, loss * valid / max(valid_here, 1), grad_norm, lr)
+
+    def forward_backward(self, batch: Batch, valid: Tensor) -> Tensor:
+        """This micro-batch's share of the step's loss (a scalar, detached); gradients are added."""
+        tokens = batch.tokens.to(self.device, non_blocking=True)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        logits = self.model(tokens, self._document_ids(batch))
+        loss = self.loss_fn(logits, labels) / valid
+        del logits  # freed before backward allocates its own
+        loss.backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Mean loss over the validation set, or over its first `validation.steps` batches."""
+        with self.metrics.excluded("validation"):
+            self.model.eval()
+            totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+            data = self._build_data("validation", seed=0, infinite=False)
+            limit = self.config.validation.steps
+            for index, batch in enumerate(data):
+                if index == limit:
+                    break
+                logits = self.model(batch.tokens.to(self.device), self._document_ids(batch))
+                totals[0] += self.loss_fn(logits, batch.labels.to(self.device))
+                totals[1] += batch.label_count
+            data.close()
+            totals = self._sum_over_data_ranks(totals)
+            loss = float(totals[0] / totals[1])
+            self.model.train()
+        self.metrics.log_validation(self.step, loss)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        dist.destroy_process_group()
+
+    # What the steps above are made of.
+
+    def _next_batches(self, batches: Iterator[Batch]) -> list[Batch]:
+        with self.metrics.data_loading(), _as_config_error(self.loaded, "training.dataset"):
+            return [next(batches) for _ in range(self.batch.gradient_accumulation_steps)]
+
+    def _sum_over_data_ranks(self, values: Tensor) -> Tensor:
+        """Sum over all ranks with different data; on a GPU nothing waits for it."""
+        if self.batch.dp_degree > 1:
+            dist.all_reduce(values)
+        return values
+
+    def _document_ids(self, batch: Batch) -> Tensor | None:
+        if getattr(self.model.config, "attn_mask_type", "causal") != "document":  # type: ignore[union-attr]
+            return None
+        return batch.document_ids.to(self.device, non_blocking=True)
+
+    def _log_step(self, loss: Tensor, own_mean_loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        total = self._sum_over_data_ranks(loss.clone())
+        if self.batch.dp_degree > 1:
+            dist.all_reduce(own_mean_loss, dist.ReduceOp.MAX)
+        extra: dict[str, float] = {}
+        for converter in self.converters:
+            extra |= converter.metrics(self.model)
+        self.metrics.log_step(
+            self.step,
+            loss=float(total),
+            max_loss=float(own_mean_loss),
+            grad_norm=float(grad_norm),
+            lr=lr,
+            tokens_seen=self.tokens_seen,
+            extra=extra,
+        )
+
+    def _validation_due(self) -> bool:
+        v = self.config.validation
+        return v.enable and (self.step == 1 or self.step % v.freq == 0)
+
+    def _build_data(self, name: str, seed: int, *, infinite: bool) -> DataLoader:
+        section = getattr(self.config, name)
+        key = f"{name}.dataset_path" if section.dataset_path else f"{name}.dataset"
+        with _as_config_error(self.loaded, key):
+            return build_dataloader(
+                dataset=section.dataset,
+                dataset_path=section.dataset_path,
+                tokenizer=self.tokenizer,
+                seq_len=section.seq_len,
+                local_batch_size=section.local_batch_size,
+                dp_rank=self.mesh.dp_rank,
+                dp_degree=self.mesh.dp_degree,
+                seed=seed,
+                infinite=infinite,
+                prefetch_factor=section.dataloader.prefetch_factor,
+                pin_memory=self.device.type == "cuda",
+            )
+
+    def _build_metrics(self) -> MetricsLogger:
+        compiled = self.config.compile.enable
+        with _as_config_error(self.loaded, "metrics"):
+            return MetricsLogger(
+                self.config.metrics,
+                self.folder,
+                flops_per_token=self.flops_per_token,
+                device=self.device,
+                total_steps=self.config.training.steps,
+                non_data_parallel_degree=self.mesh.non_data_parallel_degree,
+                rank=self.rank.rank,
+                is_metrics_rank=self.rank.rank == 0,
+                watch_compile=compiled,
+                run_config={"config": as_json(self.loaded)},
+            )
+
+    def _check_vocabulary(self) -> None:
+        size = checks.model_config(self.config).vocab_size
+        if self.tokenizer.vocab_size > size:
+            message = (
+                f"the tokenizer has {self.tokenizer.vocab_size} ids but {self.config.model.flavor} has "
+                f"vocab_size {size}; use its own tokenizer or set model.overrides.vocab_size"
+            )
+            raise ConfigError([self.loaded.problem("model.hf_assets_path", message)])
+
+    def _device_names(self) -> list[str]:
+        mine = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        names: list[Any] = [None] * self.rank.world_size
+        dist.all_gather_object(names, f"{platform.node()}: {mine}")
+        return names
+
+    # The start-up log.
+
+    def _announce_start(self) -> None:
+        config = self.config
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        version = package_version("octavo") or ""
+        log.info("octavo %s, torch %s, %d x %s", version, torch.__version__, self.rank.world_size, name)
+        log.info("Starting job: %s", config.job.description)
+        for note in self.loaded.notes:
+            log.info("note: %s", note)
+        for line in checks.warnings(self.loaded):
+            log.warning("%s", line)
+        if config.job.print_config:
+            log.info("%s", as_json(self.loaded))
+        log.info("mesh: %s; seed %d%s", self.mesh.describe(), self.seed, _drawn(config.debug.seed))
+
+    def _describe_data(self) -> str:
+        b, training = self.batch, self.config.training
+        if note := dataset_note(training.dataset, training.dataset_path):
+            log.info("note: %s", note)
+        source = training.dataset_path or training.dataset
+        return (
+            f"batch: {b.local_batch_size} local x {b.dp_degree} ranks x {b.gradient_accumulation_steps} accumulated"
+            f" = {b.global_batch_size} sequences of {b.seq_len}: {b.tokens_per_step:,} tokens per step, from {source}"
+        )
+
+    def _announce_model(self, parameters: int, reports: list, notes: list[str]) -> None:  # type: ignore[type-arg]
+        model, overrides = self.config.model, self.config.model.overrides
+        changed = f" with {', '.join(f'{k}={v}' for k, v in overrides.items())}" if overrides else ""
+        log.info(
+            "model: %s %s%s: %s parameters, %s FLOP per token",
+            model.name,
+            model.flavor,
+            changed,
+            f"{parameters:,}",
+            f"{self.flops_per_token:,}",
+        )
+        for report in reports:
+            for line in report.lines():
+                log.info("%s", line)
+        if model.print_after_conversion:
+            log.info("%s", self.model)
+        for line in notes:
+            log.info("%s", line)
+
+    @contextmanager
+    def _out_of_memory_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            held = {}
+            if hasattr(self, "optimizer"):
+                held = resident_bytes(self.model.parameters(), [self.optimizer])
+            settings = dict(self.loaded.values)
+            message = oom_message(error, device=self.device, resident=held, settings=settings)
+            raise OutOfDeviceMemory(message) from error
+
+
+def _drawn(seed: int | None) -> str:
+    return " (drawn; set debug.seed to repeat the run)" if seed is None else ""
+
+
+@contextmanager
+def _as_config_error(loaded: Loaded, key: str) -> Iterator[None]:
+    """Turn a ValueError about what the user gave into a message without a traceback."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        where = loaded.problem(key, str(error)) if key in loaded.origins else Problem(key, str(error))
+        raise ConfigError([where]) from error
