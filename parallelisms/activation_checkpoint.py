@@ -64,18 +64,25 @@ def apply_activation_checkpoint(model: nn.Module, blocks: str, config: Activatio
 def _wrap(
     blocks: Iterable[nn.Module], config: ActivationCheckpointConfig, context: Callable[[], Any] | None
 ) -> None:
-    arguments: dict[str, Any] = {"context_fn": context} if context else {}
+    options: dict[str, Any] = {
+        "use_reentrant": False,
+        "preserve_rng_state": config.preserve_rng_state,
+        "determinism_check": config.determinism_check,
+        "early_stop": config.early_stop,
+        "debug": config.debug,
+    }
+    if context is not None:
+        options["context_fn"] = context
     for block in blocks:
-        block.forward = partial(  # type: ignore[method-assign]
-            checkpoint,
-            block.forward,
-            use_reentrant=False,
-            preserve_rng_state=config.preserve_rng_state,
-            determinism_check=config.determinism_check,
-            early_stop=config.early_stop,
-            debug=config.debug,
-            **arguments,
-        )
+        block.forward = _checkpointed(block.forward, options)  # type: ignore[method-assign]
+
+
+def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    # A plain function of this file: the compiler refuses to start in a frame of torch.utils.checkpoint.
+    def checkpointed_forward(*args: Any) -> Any:
+        return checkpoint(forward, *args, **options)
+
+    return checkpointed_forward
 
 
 def _shapes(named: Iterable[tuple[str, nn.Module]], fqns: Iterable[str]) -> set[tuple[int, int]]:

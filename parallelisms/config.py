@@ -16,7 +16,7 @@ class ParallelismConfig:
     data_parallel_shard_degree: int = field(default=-1, metadata={"min": -1})
     """FSDP2 shards; -1 takes all devices that the other degrees leave."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Whether a unit's gathered weights are freed after its forward; `default` frees them unless pipelined."""
+    """Free a unit's gathered weights after its forward; `default` does so unless pipelined."""
     tensor_parallel_degree: int = field(default=1, metadata={"min": 1})
     """Devices that share each matrix, with sequence-parallel norms between them."""
     disable_loss_parallel: bool = False

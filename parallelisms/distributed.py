@@ -24,7 +24,7 @@ class Rank:
 
     @classmethod
     def from_env(cls) -> Rank:
-        """Read torchrun's variables and choose the device: this rank's GPU, or the CPU where there is none."""
+        """Read torchrun's variables and choose the device: this rank's GPU, else the CPU."""
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")

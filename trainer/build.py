@@ -63,11 +63,16 @@ def build_model(config: JobConfig, mesh: Mesh, device: torch.device, seed: int) 
             param_dtype=DTYPES[config.training.mixed_precision_param],
             reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
             reshard_after_forward=config.parallelism.fsdp_reshard_after_forward != "never",
-            cpu_offload=config.training.enable_cpu_offload,
+            cpu_offload=offloads(config, device),
         ),
     ]
-    _materialise(model, torch.device("cpu") if config.training.enable_cpu_offload else device, seed)
+    _materialise(model, torch.device("cpu") if offloads(config, device) else device, seed)
     return BuiltModel(model, converters, reports, spec.flop_inputs(sizes), notes)
+
+
+def offloads(config: JobConfig, device: torch.device) -> bool:
+    """Whether parameters live in host memory: asked for, and the device is not the host itself."""
+    return config.training.enable_cpu_offload and device.type != "cpu"
 
 
 def _convert(

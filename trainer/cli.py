@@ -26,7 +26,9 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "config": Command("trainer.commands.config", "show the merged configuration and where each value comes from"),
+    "config": Command(
+        "trainer.commands.config", "show the merged configuration and where each value comes from"
+    ),
     "plot": Command("trainer.commands.plot", "draw the curves of one or more runs", ("plot",)),
     "tokenizer": Command("trainer.commands.tokenizer", "train a tokenizer", ("train_tokenizer",)),
 }

@@ -23,7 +23,9 @@ from pathlib import Path
 
 from trainer.packages import require_own_packages
 
-USAGE = "usage: ./run_train.sh [--section.key VALUE ...]     (environment: NGPU, CONFIG_FILE, LOG_RANK, NNODES)"
+USAGE = (
+    "usage: ./run_train.sh [--section.key VALUE ...]     (environment: NGPU, CONFIG_FILE, LOG_RANK, NNODES)"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +111,9 @@ def _torchrun_options(env: Mapping[str, str], processes: int, nodes: int) -> lis
     options = [f"--nproc-per-node={processes}", f"--max-restarts={_restarts(env)}", "--monitor-interval=0.1"]
     if nodes == 1:
         return [*options, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    endpoint = env.get("RDZV_ENDPOINT") or f"{env.get('MASTER_ADDR', 'localhost')}:{env.get('MASTER_PORT', '29500')}"
+    endpoint = (
+        env.get("RDZV_ENDPOINT") or f"{env.get('MASTER_ADDR', 'localhost')}:{env.get('MASTER_PORT', '29500')}"
+    )
     options += [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
     options += [f"--rdzv-id={env.get('RDZV_ID', 'octavo')}"]
     if "NODE_RANK" in env:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 
 
 def setup_logging(rank: int = 0, world_size: int = 1) -> None:
@@ -30,6 +31,8 @@ def setup_logging(rank: int = 0, world_size: int = 1) -> None:
     for name in ("trainer", "models", "converters", "parallelisms", "kernels"):
         logging.getLogger(name).setLevel(logging.INFO)
     logging.captureWarnings(True)
+    # FSDP2 warns of in-place changes to a unit's output that is a view; nothing here changes one in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 class _LineFormatter(logging.Formatter):

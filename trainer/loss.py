@@ -11,7 +11,6 @@ different numbers of ignored labels.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

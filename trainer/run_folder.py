@@ -16,12 +16,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from trainer import __version__
 from trainer.config.errors import ConfigError
 from trainer.config.load import Loaded
 from trainer.config.render import as_json, as_toml
 from trainer.packages import ROOT
 
-_PACKAGES = ("octavo", "torch", "triton", "numpy", "safetensors", "tokenizers", "tomli")
+_PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "tomli")
 
 
 def open_run_folder(loaded: Loaded) -> Path:
@@ -91,7 +92,7 @@ def _facts(loaded: Loaded, seed: int, devices: Sequence[str]) -> dict[str, Any]:
         "seed": seed,
         "git_commit": git_commit(),
         "python": platform.python_version(),
-        "packages": {name: package_version(name) for name in _PACKAGES},
+        "packages": {"octavo": __version__, **{name: package_version(name) for name in _PACKAGES}},
         "devices": list(devices),
         "world_size": len(devices),
     }
@@ -105,5 +106,3 @@ def _write_new(path: Path, text: str) -> None:
             number += 1
         path.rename(kept)
     path.write_text(text)
-
-

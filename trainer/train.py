@@ -1,9 +1,9 @@
 """What every worker runs: load the configuration, train, and end with an exit code that means something.
 
-    0  trained to the end
-    1  failed: the traceback is on stderr, whatever LOG_RANK says
-    2  bad input (configuration, data, tokenizer): a message of a few lines
-    3  the device ran out of memory: what was resident and which settings lower it
+0  trained to the end
+1  failed: the traceback is on stderr, whatever LOG_RANK says
+2  bad input (configuration, data, tokenizer): a message of a few lines
+3  the device ran out of memory: what was resident and which settings lower it
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from trainer.config.errors import EXIT_BAD_INPUT, ConfigError
     from trainer.config.preflight import preflight
     from trainer.log import setup_logging
-    from trainer.trainer import OutOfDeviceMemory, Trainer
+    from trainer.trainer import DeviceMemoryError, Trainer
 
     rank = Rank.from_env()
     setup_logging(rank.rank, rank.world_size)
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank.rank == 0 or not _is_shared(error):
             print(error, file=sys.stderr)
         return EXIT_BAD_INPUT
-    except OutOfDeviceMemory as error:
+    except DeviceMemoryError as error:
         log.error("%s", error)
         return EXIT_OUT_OF_MEMORY
     except Exception:

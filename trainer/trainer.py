@@ -28,7 +28,8 @@ from parallelisms.distributed import (
 )
 from parallelisms.fsdp import set_requires_gradient_sync
 from parallelisms.mesh import build_mesh
-from trainer.build import build_model
+from trainer import __version__
+from trainer.build import build_model, offloads
 from trainer.config import checks
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.load import Loaded
@@ -43,12 +44,12 @@ from trainer.optim.clipping import clip_grad_norm
 from trainer.optim.optimizer import build_optimizer
 from trainer.optim.schedule import build_lr_scheduler
 from trainer.profiling import MemorySnapshotRecorder, TraceRecorder, oom_message, resident_bytes
-from trainer.run_folder import open_run_folder, package_version, write_records
+from trainer.run_folder import open_run_folder, write_records
 
 log = logging.getLogger(__name__)
 
 
-class OutOfDeviceMemory(RuntimeError):
+class DeviceMemoryError(RuntimeError):
     """The device ran out of memory; the message says what was resident and which settings lower it."""
 
 
@@ -62,7 +63,7 @@ class Trainer:
         # 1. Processes: group, mesh, seed.
         if config.debug.deterministic:
             set_deterministic(config.debug.deterministic_warn_only)
-        init_process_group(rank, config.comm, cpu_collectives=config.training.enable_cpu_offload)
+        init_process_group(rank, config.comm, cpu_collectives=offloads(config, rank.device))
         self.mesh = build_mesh(config.parallelism, self.device.type, rank.world_size)
         self.seed = shared_seed(config.debug.seed, self.device)
         self.batch = checks.batch_arithmetic(config, rank.world_size)
@@ -117,9 +118,7 @@ class Trainer:
                 )
             )
             snapshots = stack.enter_context(
-                MemorySnapshotRecorder(
-                    config.profiling, self.folder, device=self.device, rank=self.rank.rank
-                )
+                MemorySnapshotRecorder(config.profiling, self.folder, device=self.device, rank=self.rank.rank)
             )
             metrics.start()
             while self.step < config.training.steps:
@@ -127,8 +126,9 @@ class Trainer:
                 self.train_step(batches)
                 if self._validation_due():
                     self.validate()
-                trace.step()
-                snapshots.step()
+                with metrics.excluded("profiling"):
+                    trace.step()
+                    snapshots.step()
                 if self.step == 1:
                     set_collective_timeout(self.mesh.device_mesh, config.comm.train_timeout_seconds)
                 if self.step % config.training.gc_freq == 0:
@@ -284,13 +284,14 @@ class Trainer:
     def _announce_start(self) -> None:
         config = self.config
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        version = package_version("octavo") or ""
-        log.info("octavo %s, torch %s, %d x %s", version, torch.__version__, self.rank.world_size, name)
+        log.info("octavo %s, torch %s, %d x %s", __version__, torch.__version__, self.rank.world_size, name)
         log.info("Starting job: %s", config.job.description)
         for note in self.loaded.notes:
             log.info("note: %s", note)
         for line in checks.warnings(self.loaded):
             log.warning("%s", line)
+        if config.training.enable_cpu_offload and not offloads(config, self.device):
+            log.warning("training.enable_cpu_offload has no effect: the device is the CPU")
         if config.job.print_config:
             log.info("%s", as_json(self.loaded))
         log.info("mesh: %s; seed %d%s", self.mesh.describe(), self.seed, _drawn(config.debug.seed))
@@ -300,9 +301,12 @@ class Trainer:
         if note := dataset_note(training.dataset, training.dataset_path):
             log.info("note: %s", note)
         source = training.dataset_path or training.dataset
+        factors = (
+            f"{b.local_batch_size} local x {b.dp_degree} ranks x {b.gradient_accumulation_steps} accumulated"
+        )
         return (
-            f"batch: {b.local_batch_size} local x {b.dp_degree} ranks x {b.gradient_accumulation_steps} accumulated"
-            f" = {b.global_batch_size} sequences of {b.seq_len}: {b.tokens_per_step:,} tokens per step, from {source}"
+            f"batch: {factors} = {b.global_batch_size} sequences of {b.seq_len}: "
+            f"{b.tokens_per_step:,} tokens per step, from {source}"
         )
 
     def _announce_model(self, parameters: int, reports: list, notes: list[str]) -> None:  # type: ignore[type-arg]
@@ -334,7 +338,7 @@ class Trainer:
                 held = resident_bytes(self.model.parameters(), [self.optimizer])
             settings = dict(self.loaded.values)
             message = oom_message(error, device=self.device, resident=held, settings=settings)
-            raise OutOfDeviceMemory(message) from error
+            raise DeviceMemoryError(message) from error
 
 
 def _drawn(seed: int | None) -> str:

@@ -1,1 +1,1 @@
-
+"""Checkpoints: save, load, integrity, pruning."""

@@ -1,1 +1,1 @@
-
+"""What the `octavo` command does, one file a subcommand."""

@@ -144,23 +144,27 @@ def _parallel_problems(loaded: Loaded) -> Iterator[Problem]:
 def _combination_problems(loaded: Loaded) -> Iterator[Problem]:
     c = loaded.config
     compiled = c.compile.enable and "model" in c.compile.components
-    if c.parallelism.enable_async_tensor_parallel and not compiled and c.parallelism.tensor_parallel_degree > 1:
+    if (
+        c.parallelism.enable_async_tensor_parallel
+        and not compiled
+        and c.parallelism.tensor_parallel_degree > 1
+    ):
         yield loaded.problem("parallelism.enable_async_tensor_parallel", "needs compile.enable of the model")
     if c.activation_checkpoint.mode == "memory_budget" and not compiled:
-        message = "memory_budget is the compiler's work: it needs compile.enable with 'model' among its components"
+        message = (
+            "memory_budget is the compiler's work: it needs compile.enable with 'model' among its components"
+        )
         yield loaded.problem("activation_checkpoint.mode", message)
     if c.checkpoint.keep_latest_k == 1:
-        message = "got 1; the last checkpoint would be removed while the next is written: allowed: 0 (all), 2 and more"
+        message = "got 1, the only one could be lost while the next is written; allowed: 0 (all), 2 and more"
         yield loaded.problem("checkpoint.keep_latest_k", message)
     if c.checkpoint.last_save_in_hf and not c.checkpoint.last_save_model_only:
         yield loaded.problem("checkpoint.last_save_in_hf", "needs checkpoint.last_save_model_only")
     if c.optimizer.early_step_in_backward and c.training.global_batch_size != -1:
-        message = "steps inside each backward, so gradients cannot accumulate: leave training.global_batch_size at -1"
+        message = (
+            "steps inside backward, so gradients cannot accumulate: leave training.global_batch_size at -1"
+        )
         yield loaded.problem("optimizer.early_step_in_backward", message)
-    active = c.profiling.profiler_active + c.profiling.profiler_warmup
-    if c.profiling.enable_profiling and active > c.profiling.profile_freq:
-        message = f"{c.profiling.profile_freq} is shorter than profiler_warmup + profiler_active = {active}"
-        yield loaded.problem("profiling.profile_freq", message)
 
 
 def _world_problems(loaded: Loaded, world_size: int) -> Iterator[Problem]:
@@ -180,7 +184,10 @@ def _world_problems(loaded: Loaded, world_size: int) -> Iterator[Problem]:
     dp = p.data_parallel_replicate_degree * shard
     micro, total = c.training.local_batch_size * dp, c.training.global_batch_size
     if total != -1 and (total < micro or total % micro):
-        message = f"{total} is not a multiple of local_batch_size {c.training.local_batch_size} x {dp} data-parallel ranks = {micro}"
+        local = c.training.local_batch_size
+        message = (
+            f"{total} is not a multiple of {micro} (local_batch_size {local} x {dp} data-parallel ranks)"
+        )
         yield loaded.problem("training.global_batch_size", message)
 
 
@@ -201,7 +208,11 @@ def unavailable(loaded: Loaded) -> list[Problem]:
         ("memory_estimation.enable", c.memory_estimation.enable, "the memory-tracking script"),
         ("debug.moe_force_load_balance", c.debug.moe_force_load_balance, "mixture-of-experts"),
     ]
-    return [loaded.problem(key, f"{what} is not available in this version") for key, asked, what in wishes if asked]
+    return [
+        loaded.problem(key, f"{what} is not available in this version")
+        for key, asked, what in wishes
+        if asked
+    ]
 
 
 def warnings(loaded: Loaded) -> list[str]:
@@ -223,7 +234,9 @@ def warnings(loaded: Loaded) -> list[str]:
         keys = [] if on else [key for key in _changed(loaded, prefix) if key in _command_line_keys(loaded)]
         found += [f"{key} has no effect: {reason}" for key in keys]
     if c.lr_scheduler.warmup_steps > (c.lr_scheduler.total_steps or c.training.steps):
-        found.append(f"lr_scheduler.warmup_steps {c.lr_scheduler.warmup_steps} is cut to the length of the run")
+        found.append(
+            f"lr_scheduler.warmup_steps {c.lr_scheduler.warmup_steps} is cut to the length of the run"
+        )
     if c.parallelism.enable_async_tensor_parallel and c.parallelism.tensor_parallel_degree == 1:
         found.append("parallelism.enable_async_tensor_parallel has no effect: tensor_parallel_degree is 1")
     return found
@@ -234,7 +247,9 @@ def _changed(loaded: Loaded, prefix: str) -> list[str]:
     return [
         key
         for key in loaded.origins
-        if key.startswith(prefix) and loaded.given(key) and loaded.values[key] != loaded.schema.keys[key].default
+        if key.startswith(prefix)
+        and loaded.given(key)
+        and loaded.values[key] != loaded.schema.keys[key].default
     ]
 
 

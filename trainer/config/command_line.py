@@ -26,7 +26,9 @@ def read_command_line(argv: Sequence[str]) -> Layer:
         token = argv[index]
         index += 1
         if not _is_flag(token):
-            problems.append(Problem("command line", f"{token!r} belongs to no flag; flags look like --section.key"))
+            problems.append(
+                Problem("command line", f"{token!r} belongs to no flag; flags look like --section.key")
+            )
             continue
         name, equals, value = token[2:].partition("=")
         words: list[str] = [value] if equals else []

@@ -119,7 +119,7 @@ class _Loader:
                 continue
             try:
                 value = self._convert(key, setting)
-            except values.BadValue as error:
+            except values.BadValueError as error:
                 shown = f"{setting.where}: {key}" if ":" in setting.where else setting.where
                 self.problems.append(Problem(shown, str(error)))
                 continue
@@ -140,13 +140,16 @@ class _Loader:
             if _plain(setting.value) != allowed:
                 self.problems.append(Problem(f"{setting.where}: {key}", message))
             return None
-        if any(where_key == setting.key or setting.key.startswith(f"{where_key}.") for where_key in _bad(layer, self)):
+        if any(
+            where_key == setting.key or setting.key.startswith(f"{where_key}.")
+            for where_key in _bad(layer, self)
+        ):
             return None  # its section is unknown and was reported
         if key in self.schema.sections:
             message = f"{key} is a section; give one of its keys, --{next(self._keys_of(key))} say"
         else:
             message = unknown("key", setting.key, self._candidates(key), list_all=False)
-        self.problems.append(Problem(setting.where if ":" in setting.where else setting.where, message))
+        self.problems.append(Problem(setting.where, message))
         return None
 
     def _convert(self, key: str, setting: Setting) -> Any:
@@ -155,7 +158,9 @@ class _Loader:
             return values.from_toml(given, spec.type, spec.bounds)
         is_bool = values.strip_optional(spec.type)[0] is bool
         if given.negated and not is_bool:
-            raise values.BadValue(f"got --no-...; {key} is not a switch: {values.describe(spec.type, spec.bounds)}")
+            raise values.BadValueError(
+                f"got --no-...; {key} is not a switch: {values.describe(spec.type, spec.bounds)}"
+            )
         if is_bool and not given.words:
             return not given.negated
         value = values.from_words(given.words, spec.type, spec.bounds)
@@ -164,7 +169,7 @@ class _Loader:
         if get_origin(values.strip_optional(spec.type)[0]) is list:
             return self._merge_list(key, value, given.append)
         if given.append:
-            raise values.BadValue(f"+= adds to a list; {key} is {values.describe(spec.type)}")
+            raise values.BadValueError(f"+= adds to a list; {key} is {values.describe(spec.type)}")
         return value
 
     def _merge_list(self, key: str, value: list[Any], append: bool) -> list[Any]:
@@ -236,11 +241,7 @@ def _known_section(name: str, schema: Schema) -> bool:
 
 def _bad(layer: Layer, loader: _Loader) -> list[str]:
     """Sections of `layer` that do not exist (reported once, so their keys need not be)."""
-    return [
-        name
-        for name, _ in layer.sections
-        if not _known_section(rename(name), loader.schema) and rename(name) not in loader.schema.keys
-    ]
+    return [name for name, _ in layer.sections if not _known_section(rename(name), loader.schema)]
 
 
 def _file_layers(flags: Layer, env: Mapping[str, str]) -> list[Layer]:
@@ -256,7 +257,9 @@ def _base_schema(layers: Sequence[Layer]) -> Schema:
         try:
             module = importlib.import_module(module_name)
         except ImportError as error:
-            raise ConfigError([Problem("job.custom_config_module", f"cannot import {module_name!r}: {error}")]) from None
+            raise ConfigError(
+                [Problem("job.custom_config_module", f"cannot import {module_name!r}: {error}")]
+            ) from None
         if not isinstance(getattr(module, "JobConfig", None), type):
             message = f"module {module_name!r} has no dataclass named JobConfig"
             raise ConfigError([Problem("job.custom_config_module", message)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from trainer.config import checks
 from trainer.config.errors import ConfigError, Problem
@@ -32,9 +33,9 @@ def _input_problems(loaded: Loaded) -> list[Problem]:
         section = getattr(loaded.config, name)
         key = f"{name}.dataset_path" if section.dataset_path else f"{name}.dataset"
         if section.dataset in checks.DATASETS:
-            _collect(found, loaded, key, lambda s=section: check_dataset(s.dataset, s.dataset_path))
+            _collect(found, loaded, key, partial(check_dataset, section.dataset, section.dataset_path))
     path = loaded.config.model.hf_assets_path
-    _collect(found, loaded, "model.hf_assets_path", lambda: find_tokenizer_file(path))
+    _collect(found, loaded, "model.hf_assets_path", partial(find_tokenizer_file, path))
     return found
 
 

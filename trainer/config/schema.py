@@ -15,6 +15,7 @@ import textwrap
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 OVERRIDES = "model.overrides"
@@ -28,7 +29,7 @@ class Key:
     type: Any
     default: Any
     bounds: Mapping[str, float]
-    owner: type
+    owner: Any
     """The dataclass that declares it."""
 
     @property
@@ -61,7 +62,7 @@ def read_schema(config_type: type) -> Schema:
 def with_overrides(schema: Schema, flavor: Any) -> Schema:
     """`schema` with the fields of a flavor's config as keys below ``model.overrides``."""
     keys = dict(schema.keys)
-    hints = field_types(type(flavor))
+    hints = field_types(type(flavor))  # type: ignore[arg-type]
     for item in dataclasses.fields(flavor):
         name = f"{OVERRIDES}.{item.name}"
         keys[name] = Key(name, hints[item.name], getattr(flavor, item.name), item.metadata, type(flavor))
@@ -109,13 +110,13 @@ def merge_types(base: type, extra: type) -> type:
 
 
 @functools.cache
-def field_types(config_type: type) -> dict[str, Any]:
+def field_types(config_type: Any) -> dict[str, Any]:
     """Field name -> resolved type."""
     return typing.get_type_hints(config_type)
 
 
 @functools.cache
-def field_docs(config_type: type) -> dict[str, str]:
+def field_docs(config_type: Any) -> dict[str, str]:
     """Field name -> the string literal below the field in the class's source."""
     docs: dict[str, str] = {}
     for part in getattr(config_type, "__octavo_parts__", ()):
@@ -127,7 +128,7 @@ def field_docs(config_type: type) -> dict[str, str]:
     except (OSError, TypeError):  # made in a REPL or by make_dataclass
         return {}
     body = typing.cast("ast.ClassDef", tree.body[0]).body
-    for node, below in zip(body, body[1:], strict=False):
+    for node, below in pairwise(body):
         if (
             isinstance(node, ast.AnnAssign)
             and isinstance(node.target, ast.Name)

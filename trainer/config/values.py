@@ -22,7 +22,7 @@ FALSE_WORDS = ("false", "0", "no", "off")
 NONE_WORDS = ("none", "null")
 
 
-class BadValue(ValueError):
+class BadValueError(ValueError):
     """The value cannot be had for this key; the message says what was got and what is allowed."""
 
 
@@ -45,7 +45,7 @@ def from_words(words: Sequence[str], hint: Any, bounds: Mapping[str, float]) -> 
         return check(_read_list(text), hint, bounds)
     if len(words) != 1:
         got = "no value" if not words else f"{len(words)} values ({text})"
-        raise BadValue(f"got {got}; allowed: {describe(hint, bounds)}")
+        raise BadValueError(f"got {got}; allowed: {describe(hint, bounds)}")
     if inner is bool:
         return _read_bool(text)
     if inner is int and re.fullmatch(r"[+-]?\d[\d_]*", text):
@@ -54,29 +54,29 @@ def from_words(words: Sequence[str], hint: Any, bounds: Mapping[str, float]) -> 
         try:
             return check(float(text), hint, bounds)
         except ValueError as error:
-            if isinstance(error, BadValue):
+            if isinstance(error, BadValueError):
                 raise
     return check(text, hint, bounds)
 
 
 def check(value: Any, hint: Any, bounds: Mapping[str, float]) -> Any:
-    """Return `value` as the type `hint` asks for, or raise BadValue."""
+    """Return `value` as the type `hint` asks for, or raise BadValueError."""
     inner, optional = strip_optional(hint)
     if value is None and optional:
         return None
     if get_origin(inner) is list:
         item = get_args(inner)[0]
         if not isinstance(value, list):
-            raise BadValue(f"got {show(value)}; allowed: {describe(hint, bounds)}")
+            raise BadValueError(f"got {show(value)}; allowed: {describe(hint, bounds)}")
         return [check(entry, item, {}) for entry in value]
     if get_origin(inner) is Literal:
         return _check_choice(value, hint, inner)
     if inner is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if inner is not Any and type(value) is not inner:
-        raise BadValue(f"got {show(value)}; allowed: {describe(hint, bounds)}")
+        raise BadValueError(f"got {show(value)}; allowed: {describe(hint, bounds)}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise BadValue(f"got {value}; allowed: a finite number")
+        raise BadValueError(f"got {value}; allowed: a finite number")
     _check_bounds(value, hint, bounds)
     return value
 
@@ -131,14 +131,14 @@ def _read_list(text: str) -> list[Any]:
         try:
             return typing.cast("list[Any]", tomli.loads(f"value = {text}")["value"])
         except tomli.TOMLDecodeError:
-            raise BadValue(f"got {show(text)}; allowed: a,b or a TOML list") from None
+            raise BadValueError(f"got {show(text)}; allowed: a,b or a TOML list") from None
     return [entry for entry in re.split(r"[,\s]+", text) if entry]
 
 
 def _read_bool(text: str) -> bool:
     word = text.lower()
     if word not in TRUE_WORDS + FALSE_WORDS:
-        raise BadValue(f"got {text!r}; allowed: true or false")
+        raise BadValueError(f"got {text!r}; allowed: true or false")
     return word in TRUE_WORDS
 
 
@@ -149,7 +149,7 @@ def _check_choice(value: Any, hint: Any, inner: Any) -> Any:
     message = f"got {show(value)}; allowed: {describe(hint)}"
     if isinstance(value, str) and len(choices) > 2:
         message += f" (nearest: {nearest(value, [str(choice) for choice in choices])!r})"
-    raise BadValue(message)
+    raise BadValueError(message)
 
 
 def _check_bounds(value: Any, hint: Any, bounds: Mapping[str, float]) -> None:
@@ -162,4 +162,4 @@ def _check_bounds(value: Any, hint: Any, bounds: Mapping[str, float]) -> None:
         or ("below" in bounds and value >= bounds["below"])
     )
     if outside:
-        raise BadValue(f"got {value}; allowed: {describe(hint, bounds)}")
+        raise BadValueError(f"got {value}; allowed: {describe(hint, bounds)}")

@@ -1,1 +1,1 @@
-
+"""The update: optimizers, learning-rate schedules, gradient clipping."""

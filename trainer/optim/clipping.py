@@ -1,11 +1,17 @@
-"""Global gradient norm and clipping, over plain and sharded gradients alike."""
+"""Global gradient norm and clipping, over plain and sharded gradients alike.
+
+Squares are summed in fp64: on a CPU an fp32 sum over a large tensor is off in the fifth digit, by an amount
+that depends on how the tensor is sharded, and then no two layouts would clip alike.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 
@@ -13,13 +19,24 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale all gradients so that their joint L2 norm is at most `max_norm` (0: leave them).
 
     Returns:
-        The norm before clipping: a scalar on the device, the same on every rank; reading it is the caller's
-        only synchronisation with the device.
+        The norm before clipping: an fp32 scalar on the device, the same on every rank; reading it is the
+        caller's only synchronisation with the device.
     """
     parameters = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], 2.0)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norm = total_norm([p.grad for p in parameters if p.grad is not None])
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """L2 norm of all tensors together; sharded ones may lie on different meshes."""
+    groups: dict[DeviceMesh | None, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        groups[tensor.device_mesh if isinstance(tensor, DTensor) else None].append(tensor)
+    norms = []
+    for group in groups.values():
+        each = torch._foreach_norm(group, 2.0, torch.float64)
+        together = torch.linalg.vector_norm(torch.stack(each))
+        norms.append(together.full_tensor() if isinstance(together, DTensor) else together)
+    return torch.linalg.vector_norm(torch.stack(norms)).float()

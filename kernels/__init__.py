@@ -1,0 +1,1 @@
+"""Triton kernels with a PyTorch reference beside each; imported by models, converters and trainer.optim."""

@@ -1,0 +1,98 @@
+"""Cross-field checks, all before torch is imported."""
+
+import pytest
+
+from trainer.config import checks
+from trainer.config.errors import ConfigError
+from trainer.config.load import load
+from trainer.config.preflight import preflight
+
+
+def found(*flags, world_size=1):
+    return [str(problem) for problem in checks.problems(load(list(flags), env={}), world_size)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "expected"),
+    [
+        (["--model.name=lama3"], 1, "did you mean 'llama3'"),
+        (["--model.flavor=8b"], 1, "did you mean '8B'"),
+        (["--model.converters=flot8"], 1, "did you mean 'float8'"),
+        (["--model.converters=float8,quantize.linear.float8"], 1, "more than once"),
+        (["--training.dataset=python_source"], 1, "did you mean 'python_sources'"),
+        (["--parallelism.tensor_parallel_degree=3"], 3, "3 does not divide n_heads = 16"),
+        (["--parallelism.tensor_parallel_degree=2", "--training.seq_len=33"], 2, "33 is not divisible by 2"),
+        (["--parallelism.context_parallel_degree=2", "--training.seq_len=6"], 2, "6 is not divisible by 4"),
+        (["--parallelism.pipeline_parallel_degree=8"], 8, "8 stages for 6 layers"),
+        (["--parallelism.data_parallel_shard_degree=3"], 4, "does not fit 4 processes"),
+        (["--training.global_batch_size=12"], 1, "12 is not a multiple of 8"),
+        (["--training.global_batch_size=8"], 2, "8 is not a multiple of 16"),
+        (["--activation_checkpoint.mode=memory_budget"], 1, "needs compile.enable"),
+        (["--checkpoint.keep_latest_k=1"], 1, "got 1"),
+        (["--checkpoint.last_save_in_hf"], 1, "needs checkpoint.last_save_model_only"),
+        (["--model.overrides.n_heads=7"], 1, "model.overrides.n_heads"),
+    ],
+)
+def test_refusals(flags, world_size, expected):
+    messages = found(*flags, world_size=world_size)
+    assert any(expected in message for message in messages), messages
+    assert all(message.count("\n") < 3 for message in messages)
+
+
+def test_default_is_sound():
+    assert found() == []
+    assert checks.warnings(load([], env={})) == []
+
+
+def test_batch_arithmetic():
+    config = load(
+        ["--training.local_batch_size=2", "--training.global_batch_size=16", "--training.seq_len=64"], env={}
+    ).config
+    batch = checks.batch_arithmetic(config, world_size=4)
+    assert (batch.dp_degree, batch.gradient_accumulation_steps) == (4, 2)
+    assert (batch.global_batch_size, batch.tokens_per_step) == (16, 1024)
+
+
+def test_model_config_takes_overrides_and_the_longest_sequence():
+    config = load(
+        [
+            "--model.overrides.n_layers=2",
+            "--training.seq_len=64",
+            "--validation.enable",
+            "--validation.seq_len=128",
+        ],
+        env={},
+    ).config
+    model = checks.model_config(config)
+    assert (model.n_layers, model.max_seq_len) == (2, 128)
+
+
+def test_settings_without_effect_are_warned_about():
+    lines = checks.warnings(load(["--float8.recipe_name=rowwise", "--compile.components=model"], env={}))
+    assert any("quantize.linear.float8" in line for line in lines)
+    assert any("compile.components has no effect" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--parallelism.tensor_parallel_degree=2"],
+        ["--checkpoint.enable"],
+        ["--fault_tolerance.enable"],
+        ["--comm.mode=fake_backend"],
+    ],
+)
+def test_what_does_not_exist_is_refused_for_a_run(flags):
+    assert "not available" in str(checks.unavailable(load(flags, env={}))[0])
+    with pytest.raises(ConfigError, match="not available"):
+        preflight(flags, world_size=2)
+
+
+def test_preflight_reports_missing_inputs(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        preflight(
+            ["--training.dataset_path=/no/such/place", f"--model.hf_assets_path={tmp_path}"], world_size=1
+        )
+    text = str(caught.value)
+    assert "training.dataset_path" in text
+    assert "model.hf_assets_path" in text

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from trainer.commands.tokenizer import train_tokenizer
+from trainer.data.paths import PROJECT_ROOT
+from trainer.data.tokenizer import build_tokenizer, llama3_special_tokens
+
+ASSET = str(PROJECT_ROOT / "tests/assets/tokenizer")
+TEXTS = [
+    "def main():\n\treturn 'x'  # comment\r\n\n\n",
+    "Grüße, naïve café; 東京タワー 한국어 العربية हिन्दी",
+    "🦙👩‍👩‍👧‍👦 \u200b\x00\u2028 ∑∂ \ufeff",
+    "   leading and trailing   ",
+    "",
+]
+
+
+def test_the_bundled_tokenizer_decodes_what_it_encodes(tokenizer):
+    assert tokenizer.vocab_size == 2048
+    assert tokenizer.bos_id == 0
+    assert tokenizer.eos_id == 1
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(TEXTS)] == TEXTS
+    assert [tokenizer.encode(text) for text in TEXTS] == tokenizer.encode_batch(TEXTS)
+    assert tokenizer.decode([0, *tokenizer.encode("x"), 1]) == "<|begin_of_text|>x<|end_of_text|>"
+
+
+def test_a_special_token_spelled_in_a_text_stays_text(tokenizer):
+    text = "a<|end_of_text|>b<|begin_of_text|>"
+    ids = tokenizer.encode(text)
+    assert {tokenizer.bos_id, tokenizer.eos_id}.isdisjoint(ids)
+    assert tokenizer.decode(ids) == text
+
+
+def test_a_relative_path_is_found_from_any_folder(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert build_tokenizer("./tests/assets/tokenizer").fingerprint == tokenizer.fingerprint
+    assert build_tokenizer("tests/assets/tokenizer/tokenizer.json").vocab_size == 2048
+
+
+def test_nothing_there(tmp_path):
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(ValueError, match=r"looked for tokenizer\.json or tokenizer\.model") as caught:
+            build_tokenizer(path)
+        assert str(path) in str(caught.value)
+
+
+def test_cutting_and_padding_saved_in_the_file_are_ignored(tmp_path, tokenizer):
+    settings = json.loads(Path(ASSET, "tokenizer.json").read_text(encoding="utf-8"))
+    settings["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    assert build_tokenizer(tmp_path).encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+
+
+def test_bos_and_eos_come_from_the_config_beside_the_file(tmp_path):
+    shutil.copy(f"{ASSET}/tokenizer.json", tmp_path)
+    assert build_tokenizer(tmp_path).eos_id == 1  # well-known names, without a config
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"bos_token": None, "eos_token": {"content": "<|begin_of_text|>"}}))
+    loaded = build_tokenizer(tmp_path)
+    assert (loaded.bos_id, loaded.eos_id) == (None, 0)
+    config.write_text(json.dumps({"eos_token": "<|absent|>"}))
+    with pytest.raises(ValueError, match=r"no end-of-text token \(got eos_token = '<\|absent\|>'\)"):
+        build_tokenizer(tmp_path)
+    config.write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: not valid JSON"):
+        build_tokenizer(tmp_path)
+
+
+def test_a_file_that_is_no_tokenizer(tmp_path):
+    for name in ("tokenizer.json", "tokenizer.model"):
+        file = tmp_path / name
+        file.write_text("version https://git-lfs.github.com/spec/v1\n")
+        with pytest.raises(ValueError, match="Git LFS pointer"):
+            build_tokenizer(file)
+
+
+def test_llama3_tiktoken_files(tmp_path):
+    tokens = [bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell"]
+    ranks = "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens))
+    (tmp_path / "tokenizer.model").write_text(ranks)
+    loaded = build_tokenizer(tmp_path)
+    assert loaded.vocab_size == 259 + 256
+    assert (loaded.bos_id, loaded.eos_id) == (259, 260)
+    assert loaded.encode("hello") == [258, ord("o")]
+    assert [loaded.decode(ids) for ids in loaded.encode_batch(TEXTS)] == TEXTS
+    assert loaded.decode([260]) == "<|end_of_text|>"
+    assert loaded.eos_id not in loaded.encode("<|end_of_text|>")
+    specials = llama3_special_tokens()
+    assert len(set(specials)) == 256
+    # The published Llama 3 ids, less the 128,000 ranks before them.
+    assert [specials.index(f"<|{name}|>") for name in ("start_header_id", "end_header_id", "eot_id")] == [
+        6,
+        7,
+        9,
+    ]
+
+
+def test_sentencepiece_files(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["hello world, this is a small corpus"] * 20),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    loaded = build_tokenizer(tmp_path)
+    assert (loaded.bos_id, loaded.eos_id) == (1, 2)
+    assert loaded.decode(loaded.encode("hello world 漢")) == "hello world 漢"
+    assert max(loaded.encode("hello 漢")) < loaded.vocab_size
+
+
+def test_training_is_deterministic(tmp_path, capsys):
+    folders = [
+        train_tokenizer("python_sources_validation", vocab_size=400, out=str(tmp_path / name))
+        for name in "ab"
+    ]
+    files = [(folder / "tokenizer.json").read_bytes() for folder in folders]
+    assert files[0] == files[1]
+    loaded = build_tokenizer(folders[0])
+    assert (loaded.vocab_size, loaded.bos_id, loaded.eos_id) == (400, 0, 1)
+    assert "400 tokens from" in capsys.readouterr().out
+
+
+def test_training_stops_at_max_characters_and_checks_the_size(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "abababab"}\n' * 50)
+    settings = {"dataset": "text_files", "dataset_path": str(tmp_path), "out": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match="yields only 26"):
+        train_tokenizer(**settings, vocab_size=400)
+    with pytest.raises(ValueError, match="need at least 258"):
+        train_tokenizer(**settings, vocab_size=257)
+
+
+def test_transformers_reads_what_was_trained(tokenizer):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(ASSET)
+    assert theirs.encode(TEXTS[1]) == [0, *tokenizer.encode(TEXTS[1])]
+    assert theirs.eos_token_id == 1

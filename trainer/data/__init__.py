@@ -1,0 +1,1 @@
+"""Text to batches: dataset sources, document order, tokenizer, packing and the data loader."""
