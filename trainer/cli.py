@@ -64,7 +64,12 @@ def _run_functions(name: str, functions: list, argv: Sequence[str]) -> int:  # t
             table = {function.__name__.partition("_")[0]: function for function in functions}
             tyro.extras.subcommand_cli_from_dict(table, prog=f"octavo {name}", args=list(argv))
         else:
-            tyro.cli(functions[0], prog=f"octavo {name}", args=list(argv))
+            tyro.cli(
+                functions[0],
+                config=(tyro.conf.PositionalRequiredArgs,),
+                prog=f"octavo {name}",
+                args=list(argv),
+            )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

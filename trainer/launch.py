@@ -40,12 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_help(USAGE)
         return 0
     try:
-        processes, nodes = _processes(os.environ), _positive(os.environ, "NNODES", 1)
+        processes, nodes = _processes(os.environ), _number(os.environ, "NNODES", 1)
+        restarts = _number(os.environ, "MAX_RESTARTS", 0, least=0)
         preflight(argv, world_size=processes * nodes)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_BAD_INPUT
-    return _torchrun(argv, processes, nodes)
+    return _torchrun(argv, processes, nodes, restarts)
 
 
 def visible_gpus(env: Mapping[str, str]) -> int:
@@ -67,34 +68,37 @@ def visible_gpus(env: Mapping[str, str]) -> int:
 
 
 def _processes(env: Mapping[str, str]) -> int:
-    return _positive(env, "NGPU", max(1, visible_gpus(env)))
+    return _number(env, "NGPU", max(1, visible_gpus(env)))
 
 
-def _positive(env: Mapping[str, str], name: str, default: int) -> int:
+def _number(env: Mapping[str, str], name: str, default: int, least: int = 1) -> int:
     from trainer.config.errors import ConfigError, Problem
 
     text = env.get(name, "").strip()
     if not text:
         return default
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError([Problem(name, f"got {text!r}; allowed: an integer >= 1")])
+    if not text.isdecimal() or int(text) < least:
+        raise ConfigError([Problem(name, f"got {text!r}; allowed: an integer >= {least}")])
     return int(text)
 
 
-def _torchrun(argv: Sequence[str], processes: int, nodes: int) -> int:
+def _torchrun(argv: Sequence[str], processes: int, nodes: int, restarts: int) -> int:
     """Run the workers under torchrun's elastic agent and translate how they ended."""
     env = os.environ
     env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    # Idle OpenMP threads would spin; on a shared machine that slows a CPU run several times.
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     env.setdefault("PYTHONUNBUFFERED", "1")
+    env.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own progress lines
     env.setdefault("TOKENIZERS_PARALLELISM", "true")
     env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)  # this process is only the agent: the workers speak for themselves
     try:
-        run(parse_args([*_torchrun_options(env, processes, nodes), "-m", "trainer.train", *argv]))
+        run(parse_args([*_torchrun_options(env, processes, nodes, restarts), "-m", "trainer.train", *argv]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
@@ -107,8 +111,8 @@ def _torchrun(argv: Sequence[str], processes: int, nodes: int) -> int:
     return 0
 
 
-def _torchrun_options(env: Mapping[str, str], processes: int, nodes: int) -> list[str]:
-    options = [f"--nproc-per-node={processes}", f"--max-restarts={_restarts(env)}", "--monitor-interval=0.1"]
+def _torchrun_options(env: Mapping[str, str], processes: int, nodes: int, restarts: int) -> list[str]:
+    options = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
     if nodes == 1:
         return [*options, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     endpoint = (
@@ -119,11 +123,6 @@ def _torchrun_options(env: Mapping[str, str], processes: int, nodes: int) -> lis
     if "NODE_RANK" in env:
         options += [f"--node-rank={env['NODE_RANK']}"]
     return options
-
-
-def _restarts(env: Mapping[str, str]) -> int:
-    text = env.get("MAX_RESTARTS", "0")
-    return int(text) if text.isdecimal() else 0
 
 
 if __name__ == "__main__":

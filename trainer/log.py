@@ -17,6 +17,7 @@ def setup_logging(rank: int = 0, world_size: int = 1) -> None:
     """Send all of the project's loggers to the console, as the head of this file says."""
     shown = {part.strip() for part in os.environ.get("LOG_RANK", "0").split(",")}
     visible = str(rank) in shown
+    logging.raiseExceptions = False  # a reader of our output that has gone (`| head`) does not end a run
     root = logging.getLogger()
     root.handlers.clear()
     root.setLevel(logging.WARNING)

@@ -25,8 +25,8 @@ from trainer.packages import ROOT
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "tomli")
 
 
-def open_run_folder(loaded: Loaded) -> Path:
-    """Create the run folder.
+def open_run_folder(loaded: Loaded, rank: int) -> Path:
+    """Create the run folder; the rank that writes its records also tries whether it can be written to.
 
     Raises:
         ConfigError: it cannot be created or written to.
@@ -34,9 +34,10 @@ def open_run_folder(loaded: Loaded) -> Path:
     folder = Path(loaded.config.job.dump_folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        if rank == 0:
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
     except OSError as error:
         message = f"cannot write to {folder}: {error.strerror}"
         raise ConfigError([loaded.problem("job.dump_folder", message)]) from None

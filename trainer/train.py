@@ -4,13 +4,16 @@
 1  failed: the traceback is on stderr, whatever LOG_RANK says
 2  bad input (configuration, data, tokenizer): a message of a few lines
 3  the device ran out of memory: what was resident and which settings lower it
+130, 143  ended by Ctrl-C or SIGTERM
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 
@@ -18,6 +21,7 @@ from trainer.packages import require_own_packages
 
 EXIT_FAILED = 1
 EXIT_OUT_OF_MEMORY = 3
+EXIT_INTERRUPTED = 130
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer.train()
         trainer.close()
     except ConfigError as error:
-        # Every rank meets the same bad input; one message is enough.
-        if rank.rank == 0 or not _is_shared(error):
-            print(error, file=sys.stderr)
+        # Bad input mostly meets every rank, and one message is enough: rank 0 speaks at once and its end
+        # stops the others; a rank that is still here after a moment has met something of its own.
+        if rank.rank != 0:
+            time.sleep(2)
+        print(error, file=sys.stderr)
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except DeviceMemoryError as error:
         log.error("%s", error)
         return EXIT_OUT_OF_MEMORY
@@ -52,18 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _is_shared(error: Exception) -> bool:
-    """Whether all ranks see the same error: true of a configuration, not of a rank's own data."""
-    return not isinstance(error.__cause__, ValueError)
-
-
 def exit_now(code: int) -> None:
     """End the process without waiting for threads or collectives of ranks that go on."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code:
-        os._exit(code)
-    sys.exit(0)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a reader such as `head` may have gone
+            stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class Trainer:
         self._announce_start()
 
         # 2. Run folder.
-        self.folder = open_run_folder(loaded)
+        self.folder = open_run_folder(loaded, rank.rank)
 
         # 3. Data.
         with _as_config_error(loaded, "model.hf_assets_path"):
@@ -106,6 +106,7 @@ class Trainer:
     def train(self) -> None:
         """Run all steps."""
         config, metrics = self.config, self.metrics
+        profiled = config.profiling.enable_profiling or config.profiling.enable_memory_snapshot
         gc.disable()
         batches = iter(self.data)
         with ExitStack() as stack:
@@ -126,9 +127,10 @@ class Trainer:
                 self.train_step(batches)
                 if self._validation_due():
                     self.validate()
-                with metrics.excluded("profiling"):
-                    trace.step()
-                    snapshots.step()
+                if profiled:
+                    with metrics.excluded("profiling"):
+                        trace.step()
+                        snapshots.step()
                 if self.step == 1:
                     set_collective_timeout(self.mesh.device_mesh, config.comm.train_timeout_seconds)
                 if self.step % config.training.gc_freq == 0:
@@ -155,7 +157,7 @@ class Trainer:
             converter.after_optimizer_step(self.model)
         self.tokens_seen += self.batch.tokens_per_step
         self.metrics.count_step(sum(batch.tokens.numel() for batch in micro_batches))
-        if self.metrics.should_log(self.step):
+        if self.metrics.should_log(self.step) or self.step == self.config.training.steps:
             self._log_step(loss, loss * valid / max(valid_here, 1), grad_norm, lr)
 
     def forward_backward(self, batch: Batch, valid: Tensor) -> Tensor:

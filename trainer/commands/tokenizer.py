@@ -26,7 +26,7 @@ def train_tokenizer(
     out: str = "outputs/tokenizer",
     max_characters: int = 100_000_000,
 ) -> Path:
-    """Train a byte-level BPE tokenizer and write it where training.tokenizer_path can find it.
+    """Train a byte-level BPE tokenizer and write it where model.hf_assets_path can find it.
 
     Args:
         dataset: The dataset to learn from; the first epoch of its documents is read.

@@ -112,7 +112,8 @@ def _model_problems(loaded: Loaded) -> Iterator[Problem]:
     spec = MODELS[loaded.config.model.name]
     for name, message in spec.problems(model_config(loaded.config)):
         key = f"model.overrides.{name}"
-        yield loaded.problem(key if key in loaded.origins else "model.flavor", message)
+        given = key in loaded.origins
+        yield loaded.problem(key if given else "model.flavor", message if given else f"{name} {message}")
     rows = [CONVERTERS[name] for name in loaded.config.model.converters]
     for row in {id(row): row for row in rows if rows.count(row) > 1}.values():
         yield loaded.problem("model.converters", f"names {row.section} more than once")

@@ -220,7 +220,7 @@ class _Loader:
         """Names to compare a misspelt key with: its own section first, everything otherwise."""
         section, _, leaf = key.rpartition(".")
         own = [name for name in self.schema.keys if name.rpartition(".")[0] == section]
-        everywhere = [*self.schema.keys, *(old for old in ALIASES if "." in old)]
+        everywhere = list(self.schema.keys)
         exact = [name for name in everywhere if name.rpartition(".")[2] == leaf]
         if exact:
             return exact

@@ -51,11 +51,11 @@ def help_text(schema: Schema, usage: str) -> str:
     for section, keys in _by_section(schema, schema.keys):
         lines = [f"[{section}]  {_first_line(schema.sections[section])}"]
         for key in keys:
-            lines.append(f"  --{key.name}  {_kind(key)}  (default: {_toml_value(key.default)})")
+            lines.append(f"  --{key.name}  {_kind(key)}  (default: {_shown_default(key)})")
             if key.doc:
                 lines.append(f"      {key.doc}")
         blocks.append("\n".join(lines))
-    blocks.append("Older names: " + ", ".join(f"{old} = {new}" for old, new in ALIASES.items()))
+    blocks.append("\n".join(["Older names", *(f"  {old} = {new}" for old, new in ALIASES.items())]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -74,7 +74,7 @@ def docs_page(schema: Schema) -> str:
         lines += ["| key | allowed | default | meaning |", "|---|---|---|---|"]
         for key in keys:
             allowed = _kind(key).replace("|", "\\|")
-            default = _toml_value(key.default)
+            default = _shown_default(key)
             lines.append(f"| `{key.name.rpartition('.')[2]}` | {allowed} | `{default}` | {key.doc} |")
     lines += ["", "## Older names", "", "| old | new |", "|---|---|"]
     lines += [f"| `{old}` | `{new}` |" for old, new in ALIASES.items()]
@@ -106,6 +106,10 @@ def _toml_value(value: Any) -> str:
         # JSON's escapes are TOML's; DEL is the one control character that JSON leaves as it is.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
+
+
+def _shown_default(key: Key) -> str:
+    return "none" if key.default is None else _toml_value(key.default)
 
 
 def _kind(key: Key) -> str:

@@ -157,6 +157,10 @@ def _why_unreadable(path: Path, error: OSError) -> str:
         return "is a folder; a TOML file is needed"
     if not path.exists():
         folder = path.parent
-        found = sorted(entry.name for entry in folder.glob("*.toml")) if folder.is_dir() else []
+        found = (
+            sorted(entry.name for entry in folder.glob("*.toml") if entry.name != "pyproject.toml")
+            if folder.is_dir()
+            else []
+        )
         return "no such config file" + (f"; in that folder: {', '.join(found[:8])}" if found else "")
     return f"cannot be read: {error.strerror}"

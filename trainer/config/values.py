@@ -56,6 +56,8 @@ def from_words(words: Sequence[str], hint: Any, bounds: Mapping[str, float]) -> 
         except ValueError as error:
             if isinstance(error, BadValueError):
                 raise
+    if inner in (int, float):
+        raise BadValueError(f"got {text!r}; allowed: {describe(hint, bounds)}")
     return check(text, hint, bounds)
 
 
