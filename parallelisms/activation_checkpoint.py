@@ -29,21 +29,22 @@ _aten = torch.ops.aten
 _MATMULS = {_aten.mm.default, _aten.linear.default}
 SAVED_OPS = {
     *_MATMULS,
-    _aten._scaled_mm.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    # The largest value of a tensor is a scalar: keeping it saves a pass, and a float8 scale that were
-    # computed again could differ from the one that the forward used.
-    _aten.max.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
 }
 """Ops whose results are worth their memory: costly to compute, or small."""
 
 
-def apply_activation_checkpoint(model: nn.Module, blocks: str, config: ActivationCheckpointConfig) -> str:
-    """Wrap the blocks that `config` asks for; returns what was done, for the start-up log."""
+def apply_activation_checkpoint(
+    model: nn.Module, blocks: str, config: ActivationCheckpointConfig, more_saved_ops: Iterable[Any] = ()
+) -> str:
+    """Wrap the blocks that `config` asks for; returns what was done, for the start-up log.
+
+    `more_saved_ops` are a converter's own: a float8 GEMM, or an amax that must not be computed twice.
+    """
     named = list(blocks_of(model, blocks))
     if config.mode == "none":
         return "activation checkpointing: none"
@@ -53,7 +54,11 @@ def apply_activation_checkpoint(model: nn.Module, blocks: str, config: Activatio
         return f"activation checkpointing: memory budget {config.memory_budget:g} (left to the compiler)"
     if config.mode == "selective" and config.selective_ac_option == "op":
         skip = config.per_op_sac_force_recompute_mm_shapes_by_fqns
-        _wrap((block for _, block in named), config, partial(_selective_context, _shapes(named, skip)))
+        _wrap(
+            (block for _, block in named),
+            config,
+            partial(_selective_context, _shapes(named, skip), SAVED_OPS.union(more_saved_ops)),
+        )
         return f"activation checkpointing: per op, in {len(named)} of {len(named)} blocks"
     every = 1 if config.mode == "full" else int(config.selective_ac_option)
     chosen = [block for index, (_, block) in enumerate(named, 1) if index % every == 0]
@@ -96,7 +101,7 @@ def _shapes(named: Iterable[tuple[str, nn.Module]], fqns: Iterable[str]) -> set[
     }
 
 
-def _selective_context(recomputed_shapes: set[tuple[int, int]]) -> Any:
+def _selective_context(recomputed_shapes: set[tuple[int, int]], saved_ops: set[Any]) -> Any:
     """Contexts for one block and one pass: each has its own count of matmuls."""
     seen = {"forward": 0, "recompute": 0}
 
@@ -108,6 +113,6 @@ def _selective_context(recomputed_shapes: set[tuple[int, int]]) -> Any:
             seen[phase] += 1
             if seen[phase] % 2 == 0:
                 return CheckpointPolicy.PREFER_RECOMPUTE
-        return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if op in saved_ops else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)

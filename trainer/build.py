@@ -53,7 +53,12 @@ def build_model(config: JobConfig, mesh: Mesh, device: torch.device, seed: int) 
         model = spec.build(sizes).to(DTYPES[config.training.dtype])
     converters, reports = _convert(model, config, mesh, device)
     notes = [
-        apply_activation_checkpoint(model, spec.blocks, config.activation_checkpoint),
+        apply_activation_checkpoint(
+            model,
+            spec.blocks,
+            config.activation_checkpoint,
+            [op for converter in converters for op in converter.ops_to_save()],
+        ),
         apply_compile(model, spec.blocks, config.compile),
         apply_fsdp(
             model,
@@ -84,6 +89,7 @@ def _convert(
         tp_degree=mesh.degrees["tp"],
         dp_shard_degree=mesh.degrees["dp_shard"],
         compile_model=config.compile.enable and "model" in config.compile.components,
+        roles=MODELS[config.model.name].roles,
     )
     converters, reports = [], []
     for name in config.model.converters:

@@ -139,6 +139,8 @@ class Trainer:
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over all micro-batches, and its log line where one is due."""
+        for converter in self.converters:
+            converter.before_step(self.model, self.step)
         micro_batches = self._next_batches(batches)
         valid_here = sum(batch.label_count for batch in micro_batches)
         valid = self._sum_over_data_ranks(torch.tensor(float(valid_here), device=self.device))
@@ -159,6 +161,9 @@ class Trainer:
         self.metrics.count_step(sum(batch.tokens.numel() for batch in micro_batches))
         if self.metrics.should_log(self.step) or self.step == self.config.training.steps:
             self._log_step(loss, loss * valid / max(valid_here, 1), grad_norm, lr)
+
+        for converter in self.converters:
+            self.metrics.log_scalars(self.step, converter.metrics(self.model))
 
     def forward_backward(self, batch: Batch, valid: Tensor) -> Tensor:
         """This micro-batch's share of the step's loss (a scalar, detached); gradients are added."""
@@ -215,9 +220,6 @@ class Trainer:
         total = self._sum_over_data_ranks(loss.clone())
         if self.batch.dp_degree > 1:
             dist.all_reduce(own_mean_loss, dist.ReduceOp.MAX)
-        extra: dict[str, float] = {}
-        for converter in self.converters:
-            extra |= converter.metrics(self.model)
         self.metrics.log_step(
             self.step,
             loss=float(total),
@@ -225,7 +227,6 @@ class Trainer:
             grad_norm=float(grad_norm),
             lr=lr,
             tokens_seen=self.tokens_seen,
-            extra=extra,
         )
 
     def _validation_due(self) -> bool:

@@ -148,7 +148,6 @@ class MetricsLogger:
         grad_norm: float,
         lr: float,
         tokens_seen: int,
-        extra: Mapping[str, float] | None = None,
     ) -> None:
         """Print the step line and write its scalars.
 
@@ -159,7 +158,6 @@ class MetricsLogger:
             grad_norm: Before clipping.
             lr: The learning rate of this step.
             tokens_seen: Tokens that the model has seen, over all devices and since the run's very start.
-            extra: More scalars for the sinks; a key without a tag of its own is its tag.
         """
         rates = self.meter.read()
         memory = self.memory.read()
@@ -204,9 +202,13 @@ class MetricsLogger:
                 "time_compile": round(outside.get(COMPILE, 0.0), 6),
                 "time_validation": round(outside.get(VALIDATION, 0.0), 6),
                 "time_checkpoint": round(outside.get(CHECKPOINT, 0.0), 6),
-                **(extra or {}),
             },
         )
+
+    def log_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write scalars of their own, on a step that may have no step line."""
+        if scalars:
+            self._write(step, scalars)
 
     def log_validation(self, step: int, loss: float) -> None:
         """Print and write the loss of a validation that ran inside ``excluded("validation")``."""

@@ -48,13 +48,21 @@ def run(metrics, clock, steps=12):
                 grad_norm=1.5,
                 lr=1e-3,
                 tokens_seen=step * 7034,
-                extra={"my/own": 2.0},
             )
         if step % 5 == 0:
             with metrics.excluded("validation"):
                 clock.now += 2
             metrics.log_validation(step, 9.0)
     return metrics.finish(steps, tokens_seen=steps * 7034)
+
+
+def test_scalars_of_a_converter_are_written_on_any_step(tmp_path):
+    metrics = make_logger(tmp_path, Clock(), [])
+    metrics.log_scalars(3, {"float8/wq": 2.0})
+    metrics.log_scalars(4, {})
+    metrics.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 3, "float8/wq": 2.0}]
 
 
 def test_a_run_from_first_step_to_summary(tmp_path):
@@ -79,7 +87,7 @@ def test_a_run_from_first_step_to_summary(tmp_path):
     first, second, validation, third, _ = rows
     assert validation == {"step": 5, "validation_loss": 9.0}
     assert set(first) == {
-        *("step", "loss", "max_loss", "grad_norm", "lr", "tps", "tflops", "mfu", "tokens", "my/own"),
+        *("step", "loss", "max_loss", "grad_norm", "lr", "tps", "tflops", "mfu", "tokens"),
         *("memory_gib", "memory_percent", "memory_active_gib", "memory_active_percent"),
         *("memory_alloc_retries", "memory_ooms"),
         *("time_end_to_end", "time_data_loading", "time_data_loading_percent"),
@@ -92,7 +100,6 @@ def test_a_run_from_first_step_to_summary(tmp_path):
     assert (third["time_end_to_end"], third["time_data_loading"]) == (1, 0.25)
     assert third["time_data_loading_percent"] == 25
     assert third["tokens"] == 70_340
-    assert third["my/own"] == 2.0
 
     assert summary.steps == summary.last_step == 12
     assert summary.tokens == 12 * 7034
