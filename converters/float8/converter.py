@@ -1,0 +1,225 @@
+"""The ``float8`` converter of a run: section of the config -> linears swapped, reported and kept up.
+
+Per step it does what the recipe needs, so that no training loop has to know: the sync of delayed
+scales after backward, the precomputed scales of the float8 all-gather after the optimizer step, and
+health statistics on the steps that `log_stats_freq` asks for.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from converters.base import ConversionReport, ConversionRow, Converter, ConverterContext
+from converters.config import Float8SectionConfig
+from converters.float8 import cost, stats
+from converters.float8.config import (
+    CastConfig,
+    DelayedScalingConfig,
+    Float8LinearConfig,
+    Float8LinearRecipeName,
+    ScalingType,
+    recipe_fields,
+)
+from converters.float8.convert import Decision, decide, swap
+from converters.float8.delayed import (
+    delayed_layers,
+    delayed_state_dict,
+    load_delayed_state_dict,
+    sync_float8_amax_and_scale_history,
+)
+from converters.float8.filters import auto_filter_for_recipe
+from converters.float8.fsdp import precompute_float8_dynamic_scale_for_fsdp
+from converters.float8.gemm import check_device
+from converters.float8.linear import OPS_TO_SAVE, Float8Linear
+
+logger = logging.getLogger(__name__)
+
+
+def linear_config(section: Float8SectionConfig) -> Float8LinearConfig:
+    """The `Float8LinearConfig` that a config section describes.
+
+    Raises:
+        ValueError: settings that cannot work together.
+    """
+    fields = recipe_fields(section.recipe_name or Float8LinearRecipeName.TENSORWISE)
+    for tensor in ("input", "weight", "grad_output"):
+        kind = ScalingType(getattr(section, f"scaling_type_{tensor}"))
+        if kind is ScalingType.DYNAMIC:
+            continue
+        scale = getattr(section, f"static_scale_{tensor}")
+        static = (
+            torch.tensor(scale, dtype=torch.float32, device="cpu") if kind is ScalingType.STATIC else None
+        )
+        fields[f"cast_config_{tensor}"] = CastConfig(scaling_type=kind, static_scale=static)
+    if section.round_scales_to_power_of_2 is not None:
+        fields["round_scales_to_power_of_2"] = section.round_scales_to_power_of_2
+    return Float8LinearConfig(
+        **fields,
+        enable_fsdp_float8_all_gather=section.enable_fsdp_float8_all_gather,
+        pad_inner_dim=section.pad_inner_dim,
+        emulate=section.emulate,
+        force_recompute_fp8_weight_in_bwd=section.force_recompute_fp8_weight_in_bwd,
+        delayed_scaling_config=DelayedScalingConfig(history_len=section.delayed_history_len),
+    )
+
+
+class Float8Converter(Converter):
+    """See the module."""
+
+    name = "float8"
+
+    def __init__(self, section: Float8SectionConfig, context: ConverterContext) -> None:
+        problems = list(section.problems())
+        if problems:
+            raise ValueError("\n".join(f"quantize.linear.float8.{key}: {why}" for key, why in problems))
+        self.section = section
+        self.context = context
+        self.recipe = Float8LinearRecipeName(section.recipe_name or "tensorwise")
+        self.config = linear_config(section)
+        self._collected = False
+        index = (
+            torch.cuda.current_device()
+            if context.device_type == "cuda" and torch.cuda.is_available()
+            else None
+        )
+        if context.device_type != "cuda" or index is not None:
+            check_device(
+                context.device_type, index, axiswise=self.config.axiswise, emulate=self.config.emulate
+            )
+        if context.device_type == "cuda" and not context.compile_model:
+            logger.warning(
+                "float8 without compile.enable runs each cast as several kernels and is slower than bf16; "
+                "set compile.enable = true"
+            )
+
+    def convert(self, model: nn.Module) -> ConversionReport:
+        """Swap the linears of `model` and report each decision.
+
+        Raises:
+            ValueError: an entry of `filter_fqns` matches no linear.
+        """
+        chosen = auto_filter_for_recipe(
+            self.recipe, self.section.filter_fqns, pad_inner_dim=self.section.pad_inner_dim
+        )
+        decisions = decide(model, chosen, self.config)
+        report = ConversionReport(self.name, self._rows(decisions))
+        swap(model, decisions, self.config)
+        if report.converted == 0:
+            logger.warning(
+                "%s\n%s: NOTHING WAS CONVERTED: this run trains in high precision (%d linears seen)\n%s",
+                "!" * 80,
+                self.name,
+                report.total,
+                "!" * 80,
+            )
+        if self.section.log_stats_freq:
+            for layer in self._layers(model).values():
+                stats.register_stats(layer, layer.weight.device)
+        return report
+
+    def _rows(self, decisions: list[Decision]) -> list[ConversionRow]:
+        groups: dict[tuple[Any, ...], dict[str, int]] = {}
+        for decision in decisions:
+            k, n = decision.module.in_features, decision.module.out_features
+            local = self._local_mkn(decision.fqn, k, n)
+            reason = self._remark(local) if decision.reason is None else decision.reason
+            patterns = groups.setdefault((k, n, local, decision.reason is None, reason), {})
+            pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$|^\d+$", "*", decision.fqn)
+            patterns[pattern] = patterns.get(pattern, 0) + 1
+        return [
+            ConversionRow(_fold(list(patterns)), sum(patterns.values()), k, n, local, converted, reason)
+            for (k, n, local, converted, reason), patterns in groups.items()
+        ]
+
+    def _local_mkn(self, fqn: str, k: int, n: int) -> tuple[int, int, int]:
+        tp = self.context.tp_degree
+        if tp > 1:
+            role = next(
+                (role for pattern, role in self.context.roles.items() if _matches(pattern, fqn)), None
+            )
+            if role == "columnwise":
+                n //= tp
+            elif role == "rowwise":
+                k //= tp
+        return self.context.tokens_per_microbatch, k, n
+
+    def _remark(self, local: tuple[int, int, int]) -> str:
+        if self.config.emulate:
+            return "emulated"
+        if self.context.device_type != "cuda":
+            return f"on {self.context.device_type}: for numerics, not for speed"
+        speedup = cost.expected_speedup(self.recipe, *local)
+        return f"expected to lose: about {speedup:.2f}x of bf16's speed" if speedup < 1 else ""
+
+    @staticmethod
+    def _layers(model: nn.Module) -> dict[str, Float8Linear]:
+        return {
+            name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", ""): module
+            for name, module in model.named_modules()
+            if isinstance(module, Float8Linear)
+        }
+
+    def ops_to_save(self) -> tuple[Any, ...]:
+        """The scaled GEMM and the amax: see `linear.OPS_TO_SAVE`."""
+        return OPS_TO_SAVE
+
+    def before_step(self, model: nn.Module, step: int) -> None:
+        """Turn statistics on for a logged step and off after it."""
+        freq = self.section.log_stats_freq
+        wanted = bool(freq) and (step == 1 or step % freq == 0)
+        if wanted != self._collected:
+            for layer in self._layers(model).values():
+                layer.collect_stats = wanted
+        self._collected = wanted
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Renew delayed scales."""
+        if self.config.uses_delayed_scaling:
+            layers = delayed_layers(model)
+            if layers:
+                sync_float8_amax_and_scale_history(model, layers.values())
+
+    def after_optimizer_step(self, model: nn.Module) -> None:
+        """Compute the weights' scales for the next step's float8 all-gathers."""
+        if self.section.precompute_float8_dynamic_scale_for_fsdp:
+            precompute_float8_dynamic_scale_for_fsdp(model)
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """Health of every float8 layer on steps that collected it; of the last micro-batch, on this rank."""
+        if not self._collected:
+            return {}
+        return stats.collect(dict(self._layers(model)))
+
+    def state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """Delayed scaling's amaxes, scales and histories."""
+        return dict(delayed_state_dict(model))
+
+    def load_state_dict(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Restore them.
+
+        Raises:
+            ValueError: they are of another model or history length.
+        """
+        load_delayed_state_dict(model, state)
+
+
+def _matches(pattern: str, fqn: str) -> bool:
+    parts, wanted = fqn.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(w in ("*", p) for w, p in zip(wanted, parts, strict=True))
+
+
+def _fold(patterns: list[str]) -> str:
+    """``a.b.wk, a.b.wv`` -> ``a.b.{wk,wv}``."""
+    heads: dict[str, list[str]] = {}
+    for pattern in patterns:
+        head, dot, tail = pattern.rpartition(".")
+        heads.setdefault(head + dot, []).append(tail)
+    return ", ".join(
+        head + (tails[0] if len(tails) == 1 else "{" + ",".join(tails) + "}") for head, tails in heads.items()
+    )

@@ -1,0 +1,242 @@
+"""FSDP2 with a float8 all-gather: a weight shard that is cast before it travels.
+
+    shard (fp32 or bf16)  --s = scale(global amax)-->  float8 shard  --all-gather, 1 byte/element-->  W8
+
+The global amax is a MAX all-reduce per weight, or with `precompute_float8_dynamic_scale_for_fsdp`
+one for all weights after the optimizer step. The scale does not travel: all ranks compute it from
+the same amax. W8 serves both GEMMs that read the weight, hence tensorwise scales only.
+
+FSDP2 finds `fsdp_pre_all_gather` and `fsdp_post_all_gather` on the local tensor of a sharded
+parameter; so the parameter is a `FSDPFloat8Shard`, a wrapper that behaves as the plain tensor in it.
+What is gathered is a `GatheredFloat8`, which `Float8Linear` reads through `gathered_float8`.
+Neither reaches a checkpoint: `plain` unwraps them for the state dict.
+
+A precomputed scale is forgotten when the shard is written to, so that a forward after a load or a
+step without precompute computes its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from converters.float8.gemm import Float8Operand
+from converters.float8.scaling import cast_to_float8, compute_amax, scale_from_amax
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from converters.float8.config import Float8LinearConfig
+
+aten = torch.ops.aten
+# Ops after which a shard is still a shard: FSDP2 builds, pads, moves and views its parameters with them.
+_KEEP_SHARD = {
+    aten.detach.default,
+    aten.alias.default,
+    aten.empty_like.default,
+    aten.new_zeros.default,
+    aten.new_empty.default,
+    aten.slice.Tensor,
+    aten.narrow.default,
+    aten.view.default,
+    aten.as_strided.default,
+    aten.split.Tensor,
+    aten.clone.default,
+    aten._to_copy.default,
+    aten._pin_memory.default,
+}
+
+
+class _Wrapper(torch.Tensor):
+    """A tensor whose data is in attributes; its own storage is never read."""
+
+    @staticmethod
+    def _make(cls: Any, like: Tensor, dtype: torch.dtype, requires_grad: bool = False) -> Any:
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            like.size(),
+            strides=like.stride(),
+            storage_offset=like.storage_offset(),
+            dtype=dtype,
+            layout=like.layout,
+            device=like.device,
+            requires_grad=requires_grad,
+        )
+
+
+class FSDPFloat8Shard(_Wrapper):
+    """A weight (or a shard of one) that FSDP2 gathers in float8."""
+
+    _tensor: Tensor
+    _dtype: torch.dtype
+    _power_of_2: bool
+    _scale: Tensor | None
+
+    @staticmethod
+    def __new__(cls, tensor: Tensor, dtype: torch.dtype, power_of_2: bool) -> FSDPFloat8Shard:  # noqa: D102
+        self = _Wrapper._make(cls, tensor, tensor.dtype)
+        self._tensor, self._dtype, self._power_of_2, self._scale = tensor, dtype, power_of_2, None
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"FSDPFloat8Shard({self._tensor!r})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["_tensor"], (self._dtype, self._power_of_2)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> FSDPFloat8Shard:
+        return FSDPFloat8Shard(inner["_tensor"], *meta)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shards = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, FSDPFloat8Shard)]
+        if func._schema.is_mutable:
+            for shard in shards:
+                shard._scale = None
+
+        args, kwargs = pytree.tree_map_only(FSDPFloat8Shard, lambda t: t._tensor, (args, kwargs or {}))
+        out = func(*args, **kwargs)
+        if func not in _KEEP_SHARD:
+            return out
+        first = shards[0]
+        return pytree.tree_map_only(
+            Tensor, lambda t: FSDPFloat8Shard(t, first._dtype, first._power_of_2), out
+        )
+
+    def global_scale(self, mesh: DeviceMesh | None) -> Tensor:
+        """The scale of the whole weight: the precomputed one, or from an all-reduce over the shards."""
+        if self._scale is not None:
+            return self._scale
+        amax = compute_amax(self._tensor).to(torch.float32)
+        if mesh is not None and mesh.size() > 1:
+            group = mesh.get_group(mesh.ndim - 1)
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
+        return scale_from_amax(amax, self._dtype, self._power_of_2)
+
+    def fsdp_pre_all_gather(
+        self, mesh: DeviceMesh, outer_size: Any, outer_stride: Any, module: nn.Module, mp_policy: Any
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        """What travels: the float8 shard. What stays here: its scale."""
+        scale = self.global_scale(mesh)
+        return (cast_to_float8(self._tensor, scale, self._dtype),), (scale,)
+
+    def fsdp_post_all_gather(
+        self,
+        all_gather_outputs: tuple[Tensor, ...],
+        metadata: Any,
+        param_dtype: torch.dtype,
+        *,
+        out: Tensor | None = None,
+    ) -> Any:
+        """The gathered weight, or on a later gather the new scale for it."""
+        (data,), (scale,) = all_gather_outputs, metadata
+        if out is None:
+            return GatheredFloat8(data, scale, param_dtype), (data,)
+        gathered = _local(out)
+        assert isinstance(gathered, GatheredFloat8), type(gathered)
+        gathered._scale = scale
+        return None
+
+
+class GatheredFloat8(_Wrapper):
+    """A whole float8 weight with its scale; to autograd a tensor of the compute dtype."""
+
+    _data: Tensor
+    _scale: Tensor
+
+    @staticmethod
+    def __new__(cls, data: Tensor, scale: Tensor, dtype: torch.dtype) -> GatheredFloat8:  # noqa: D102
+        self = _Wrapper._make(cls, data, dtype)
+        self._data, self._scale = data, scale
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"GatheredFloat8({self._data!r}, scale={self._scale!r})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["_data", "_scale"], self.dtype
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> GatheredFloat8:
+        return GatheredFloat8(inner["_data"], inner["_scale"], meta)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self = args[0]
+        if func in (aten.detach.default, aten.alias.default):
+            return GatheredFloat8(func(self._data), self._scale, self.dtype)
+        if func in (aten.as_strided.default, aten.view.default):
+            return GatheredFloat8(func(self._data, *args[1:], **(kwargs or {})), self._scale, self.dtype)
+        # Anything else sees the values that the float8 elements stand for.
+        args, kwargs = pytree.tree_map_only(GatheredFloat8, lambda t: t.dequantize_hp(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def dequantize_hp(self) -> Tensor:
+        """x8 / s in the compute dtype."""
+        return (self._data.to(torch.float32) / self._scale).to(self.dtype)
+
+
+def _local(t: Tensor) -> Tensor:
+    local = getattr(t, "_local_tensor", t)  # a DTensor's, without importing DTensor
+    return local.data if isinstance(local, nn.Parameter) and type(local) is nn.Parameter else local
+
+
+def gathered_float8(weight: Tensor) -> Float8Operand | None:
+    """The float8 data and scale of a weight that FSDP2 gathered in float8; None for any other weight."""
+    if isinstance(weight, GatheredFloat8):
+        return Float8Operand(weight._data, weight._scale)
+    return None
+
+
+def shard_for_float8_gather(weight: nn.Parameter, config: Float8LinearConfig) -> nn.Parameter:
+    """The same values as a parameter whose shards FSDP2 gathers in float8."""
+    dtype = config.cast("cast_config_weight").dtype
+    shard = FSDPFloat8Shard(weight.detach(), dtype, config.round_scales_to_power_of_2)
+    return nn.Parameter(shard, requires_grad=weight.requires_grad)
+
+
+def plain(t: Tensor) -> Tensor:
+    """The same values as a plain tensor, or as a DTensor of plain tensors; shares memory."""
+    local = getattr(t, "_local_tensor", t)
+    if not isinstance(local, FSDPFloat8Shard):
+        return t
+    if local is t:
+        return local._tensor
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(t, DTensor)
+    return DTensor.from_local(
+        local._tensor, t.device_mesh, t.placements, run_check=False, shape=t.size(), stride=t.stride()
+    )
+
+
+@torch.no_grad()
+def precompute_float8_dynamic_scale_for_fsdp(model: nn.Module) -> None:
+    """After the optimizer step: the scales of all float8-gathered weights with one all-reduce."""
+    params = [p for p in model.parameters() if isinstance(getattr(p, "_local_tensor", None), FSDPFloat8Shard)]
+    if not params:
+        warnings.warn(
+            "precompute_float8_dynamic_scale_for_fsdp has no effect: no parameter is gathered in float8",
+            stacklevel=3,
+        )
+        return
+    shards: list[FSDPFloat8Shard] = [p._local_tensor for p in params]
+    # A rank may hold nothing of a small weight; an empty norm is undefined.
+    norms = [compute_amax(shard._tensor).to(torch.float32) for shard in shards]
+    amaxes = torch.stack(norms)
+    mesh = params[0].device_mesh
+    if mesh.size() > 1:
+        dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=mesh.get_group(mesh.ndim - 1))
+    by_kind: dict[Any, list[int]] = {}
+    for index, shard in enumerate(shards):
+        by_kind.setdefault((shard._dtype, shard._power_of_2), []).append(index)
+    for (dtype, power_of_2), indices in by_kind.items():
+        scales = scale_from_amax(amaxes[indices], dtype, power_of_2)
+        for scale, index in zip(scales.unbind(), indices, strict=True):
+            shards[index]._scale = scale
