@@ -35,7 +35,10 @@ from trainer.data.paths import describe_candidates, resolve_path
 
 HELD_OUT_ONE_IN = 20
 C4_SHUFFLE_BUFFER_DOCUMENTS = 1000
-EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"} | {
+    "encodings",  # tables of characters, and
+    "pydoc_data",  # one long string: text that teaches nothing
+}
 
 
 @dataclass(frozen=True)

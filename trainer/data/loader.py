@@ -1,13 +1,13 @@
 """The data loader: windows of the token stream, dealt to data-parallel ranks.
 
-The stream of windows (`trainer.data.packing`) is a pure function of (dataset, tokenizer, seq_len, seed):
-windows are numbered 0, 1, 2, ... over epochs. Micro-batch m of rank r out of R holds the B windows from
-``first + (m * R + r) * B`` on, where ``first`` is the window at which the run started or resumed. So a
-step of R ranks with one micro-batch each reads the windows that one rank reads in R micro-batches, and a
-run resumes exactly on another number of ranks or another batch size.
+The stream of windows (`trainer.data.packing`, mixed by `trainer.data.shuffle`) is a pure function of
+(dataset, tokenizer, seq_len, seed): windows are numbered 0, 1, 2, ... over epochs. Micro-batch m of rank r
+out of R holds the B windows from ``first + (m * R + r) * B`` on, where ``first`` is the window at which the
+run started or resumed. So a step of R ranks with one micro-batch each reads the windows that one rank reads
+in R micro-batches, and a run resumes exactly on another number of ranks or another batch size.
 
 The state is a position in the stream and is the same on every rank. Resuming seeks: it opens the data at
-that document and tokenizes nothing before it.
+the document where the current block begins and tokenizes nothing before it.
 
 Every rank tokenizes the whole stream in a background thread and keeps its own windows. That needs no
 communication; its cost grows with the tokens per second of the whole run and not of the rank.
@@ -37,12 +37,13 @@ from trainer.data.packing import (
     pack_documents,
 )
 from trainer.data.prefetch import Prefetcher
+from trainer.data.shuffle import ShuffledPosition, shuffle_windows, windows_per_block
 from trainer.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_PREFETCHED_BATCHES = 8
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class Batch(NamedTuple):
@@ -66,7 +67,7 @@ class _Progress:
     """What was consumed: windows of all ranks together, and where in the stream the next one starts."""
 
     windows: int = 0
-    position: StreamPosition = field(default_factory=StreamPosition)
+    position: ShuffledPosition = field(default_factory=ShuffledPosition)
 
 
 @dataclass(frozen=True)
@@ -86,19 +87,22 @@ class _Plan:
     def batches(self, start: _Progress) -> Iterator[tuple[Batch, _Progress]]:
         """This rank's batches from ``start`` on, each with the progress after it."""
         documents = encode_documents(
-            self.source, self.tokenizer, seed=self.seed, start=start.position, infinite=self.infinite
+            self.source, self.tokenizer, seed=self.seed, start=start.position.block, infinite=self.infinite
         )
-        windows = pack_documents(documents, self.seq_len, start.position.offset)
+        stream = pack_documents(documents, self.seq_len, start.position.block.offset)
+        # A finite pass reads everything, so its order does not matter.
+        block = windows_per_block(self.seq_len) if self.infinite else 1
+        windows = shuffle_windows(stream, start.position, self.seed, block)
         group_size = self.dp_degree * self.local_batch_size
         first_own = self.dp_rank * self.local_batch_size
         progress = start
         while True:
             own: list[Window] = []
             taken = 0
-            for taken, window in enumerate(itertools.islice(windows, group_size), start=1):
+            for taken, (window, after) in enumerate(itertools.islice(windows, group_size), start=1):
                 if first_own < taken <= first_own + self.local_batch_size:
                     own.append(window)
-                progress = replace(progress, position=window.following)
+                progress = replace(progress, position=after)
             if taken == 0:
                 return
             progress = replace(progress, windows=progress.windows + taken)
@@ -138,8 +142,8 @@ class DataLoader:
 
     @property
     def epoch(self) -> int:
-        """The epoch, from 0, of the next token to be consumed."""
-        return self._consumed.position.epoch
+        """The epoch, from 0, in which the current block began."""
+        return self._consumed.position.block.epoch
 
     @property
     def windows(self) -> int:
@@ -170,12 +174,16 @@ class DataLoader:
         return {
             "version": STATE_VERSION,
             "windows": self._consumed.windows,
-            **asdict(self._consumed.position),
+            "seq_len": self._plan.seq_len,
+            "windows_into_block": self._consumed.position.windows_into_block,
+            **asdict(self._consumed.position.block),
             **self._identity,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`, of any number of ranks, batch size or sequence length.
+        """Go on from a `state_dict`, of any number of ranks or batch size: exactly.
+
+        With another sequence length the current block is read again from its first token.
 
         Raises:
             ValueError: The state is of another dataset, seed or tokenizer.
@@ -195,7 +203,16 @@ class DataLoader:
             offset=int(state["offset"]),
             name=state["name"],
         )
-        self._consumed = _Progress(int(state["windows"]), position)
+        into_block = int(state["windows_into_block"])
+        if state["seq_len"] != self._plan.seq_len:
+            logger.info(
+                "seq_len changed from %d to %d: %d windows of the current block are read again",
+                state["seq_len"],
+                self._plan.seq_len,
+                into_block,
+            )
+            into_block = 0
+        self._consumed = _Progress(int(state["windows"]), ShuffledPosition(position, into_block))
         self._begun = False
 
     def close(self) -> None:

@@ -13,7 +13,8 @@ import torch
 from trainer.data.datasets import DATASETS, DatasetRow
 from trainer.data.documents import Document, DocumentOrder
 from trainer.data.loader import build_dataloader
-from trainer.data.packing import IGNORED_LABEL
+from trainer.data.packing import IGNORED_LABEL, StreamPosition, Window
+from trainer.data.shuffle import ShuffledPosition, shuffle_windows, windows_per_block
 
 S, B, SEED = 16, 2, 3
 
@@ -44,10 +45,22 @@ def rows_in_global_order(per_rank: list[list], field: str) -> np.ndarray:
 def test_the_global_stream_does_not_depend_on_the_number_of_ranks(build_toy, tokenizer, R, prefetch_factor):
     epochs = 4
     stream = reference_stream(tokenizer, epochs)
-    windows = (len(stream) - 1) // S // (R * B) * R * B
+    block = windows_per_block(S)
+    windows = (len(stream) - 1) // S // block * block  # whole blocks: each is a permutation of its windows
     loaders = [build_toy(dp_rank=r, dp_degree=R, prefetch_factor=prefetch_factor) for r in range(R)]
     per_rank = [take(loader, windows // (R * B)) for loader in loaders]
-    expected = np.lib.stride_tricks.sliding_window_view(stream, S + 1)[::S][:windows]
+    straight = np.lib.stride_tricks.sliding_window_view(stream, S + 1)[::S][:windows]
+    tokens = rows_in_global_order(per_rank, "tokens")
+    labels = rows_in_global_order(per_rank, "labels")
+    seen = np.concatenate([tokens, labels[:, -1:]], axis=1)
+    for start in range(0, windows, block):
+        piece = slice(start, start + block)
+        assert sorted(map(tuple, seen[piece])) == sorted(map(tuple, straight[piece]))
+    assert not np.array_equal(seen, straight)
+    # On one rank, one way: the order that every other number of ranks must give too.
+    alone = take(build_toy(), windows // B)
+    expected = np.concatenate([batch.tokens.numpy() for batch in alone])
+    expected = np.concatenate([expected, np.concatenate([b.labels.numpy()[:, -1:] for b in alone])], axis=1)
     np.testing.assert_array_equal(rows_in_global_order(per_rank, "tokens"), expected[:, :-1])
     np.testing.assert_array_equal(rows_in_global_order(per_rank, "labels"), expected[:, 1:])
     starts = expected[:, :-1] == tokenizer.bos_id
@@ -55,6 +68,12 @@ def test_the_global_stream_does_not_depend_on_the_number_of_ranks(build_toy, tok
     np.testing.assert_array_equal(rows_in_global_order(per_rank, "document_ids"), starts.cumsum(axis=1))
     assert all(batch.label_count == B * S for batches in per_rank for batch in batches)
     assert {loader.epoch for loader in loaders} == {epochs - 1}
+
+
+@pytest.fixture(autouse=True)
+def _short_blocks(monkeypatch):
+    """Blocks of eight windows, so that these short streams have several."""
+    monkeypatch.setattr("trainer.data.shuffle.BLOCK_TOKENS", 8 * S)
 
 
 def test_batches_are_int64_tensors_and_seeds_differ(build_toy):
@@ -86,13 +105,16 @@ def test_resume_is_exact_also_on_another_number_of_ranks(build_toy, consumed, ne
     assert loaders[0].windows == (consumed * 2 + 10 * new_degree) * B
 
 
-def test_resume_with_another_length_goes_on_at_the_next_token(build_toy, tokenizer):
+def test_resume_with_another_length_reads_the_block_again(build_toy, tokenizer, caplog):
+    caplog.set_level(logging.INFO)
     stream = reference_stream(tokenizer, 2)
-    loader = build_toy(seq_len=10, local_batch_size=1)
-    take(loader, 7)
+    loader = build_toy(seq_len=16, local_batch_size=1)
+    take(loader, 8 + 3)  # one block of 128 tokens, and three windows of the next
     longer = build_toy(seq_len=32, local_batch_size=1)
     longer.load_state_dict(loader.state_dict())
-    np.testing.assert_array_equal(take(longer, 1)[0].tokens[0].numpy(), stream[70:102])
+    seen = {tuple(batch.tokens[0].tolist()) for batch in take(longer, 4)}
+    assert seen == {tuple(stream[128 + 32 * i : 160 + 32 * i]) for i in range(4)}
+    assert "3 windows of the current block are read again" in caplog.text
 
 
 def test_the_state_counts_what_was_consumed_and_iterating_goes_on(build_toy):
@@ -118,7 +140,7 @@ def test_a_state_that_does_not_fit_is_refused(build_toy, monkeypatch):
     changed.load_state_dict({**state, "name": "toy:gone"})
     with pytest.raises(ValueError, match="the data changed since the checkpoint"):
         take(changed, 1)
-    changed.load_state_dict({**state, "document": 10_000})
+    changed.load_state_dict({**state, "document": 10_000, "name": "toy:gone"})
     with pytest.raises(ValueError, match="got: 'the end of the data'"):
         take(changed, 1)
 
@@ -235,3 +257,19 @@ def test_pinned_batches(build_toy):
     assert all(tensor.is_pinned() for batch in batches for tensor in batch[:3])
     for mine, expected in zip(batches, take(build_toy(), 3), strict=True):
         assert torch.equal(mine.tokens.to("cuda", non_blocking=True).cpu(), expected.tokens)
+
+
+def test_shuffled_windows_are_a_permutation_and_resume_anywhere():
+    windows = [Window((np.array([i, i + 1]),), StreamPosition(document=i + 1)) for i in range(20)]
+    whole = list(shuffle_windows(iter(windows), ShuffledPosition(), seed=1, block_size=8))
+    order = [int(window.pieces[0][0]) for window, _ in whole]
+    assert [sorted(order[a:b]) for a, b in ((0, 8), (8, 16), (16, 20))] == [
+        list(range(8)),
+        list(range(8, 16)),
+        list(range(16, 20)),
+    ]
+    assert order != sorted(order)
+    for done in (1, 8, 11, 19):
+        place = whole[done - 1][1]
+        rest = shuffle_windows(iter(windows[place.block.document :]), place, seed=1, block_size=8)
+        assert [int(window.pieces[0][0]) for window, _ in rest] == order[done:]
