@@ -145,7 +145,7 @@ class _Loader:
             for where_key in _bad(layer, self)
         ):
             return None  # its section is unknown and was reported
-        if key in self.schema.sections:
+        if key and key in self.schema.sections:
             message = f"{key} is a section; give one of its keys, --{next(self._keys_of(key))} say"
         else:
             message = unknown("key", setting.key, self._candidates(key), list_all=False)
