@@ -1,0 +1,58 @@
+"""Whole runs on one GPU: what only a GPU can show of the trainer."""
+
+import re
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+
+def run(train, *flags, **kwargs):
+    """A run on the GPU: the fixture hides it by default."""
+    return train(*flags, env={"CUDA_VISIBLE_DEVICES": "0"}, **kwargs)
+
+
+def test_compiled_run_prints_mfu(train):
+    done = run(train, "--compile.enable", "--training.steps=20", "--metrics.log_freq=10")
+    assert done.losses[-1] < done.losses[0]
+    assert re.search(r"mfu: \d+\.\d\d%", done.out)
+    assert re.search(r"compile \d", done.out.split("summary")[1])
+
+
+def test_offloaded_parameters_give_the_same_losses(train):
+    resident = run(train, name="resident")
+    offloaded = run(train, "--training.enable_cpu_offload", name="offloaded")
+    assert offloaded.losses == pytest.approx(resident.losses, rel=1e-3)
+
+
+def test_deterministic_runs_are_equal_to_the_last_digit(train):
+    flags = ("--debug.deterministic", "--compile.enable")
+    assert run(train, *flags, name="one").losses == run(train, *flags, name="two").losses
+
+
+def test_out_of_memory_says_what_lowers_it(train):
+    done = run(
+        train,
+        "--training.seq_len=65536",
+        "--training.local_batch_size=64",
+        "--training.global_batch_size=-1",
+        "--model.overrides.n_layers=64",
+    )
+    assert done.code == 3
+    assert "resident:" in done.err
+    assert "training.local_batch_size" in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_float8_follows_bf16(train, recipe):
+    flags = ("--compile.enable", "--training.steps=30", "--metrics.log_freq=30")
+    bf16 = run(train, *flags, name="bf16")
+    float8 = run(
+        train,
+        *flags,
+        "--model.converters=float8",
+        f"--float8.recipe_name={recipe}",
+        "--float8.filter_fqns=output",
+    )
+    assert float8.losses[-1] == pytest.approx(bf16.losses[-1], rel=0.02)
