@@ -120,7 +120,11 @@ def test_documents_may_be_kept_apart(train, tmp_path):
     """Many short documents in a window: masking the others changes the first loss, but not its size."""
     lines = (json.dumps({"text": f"document {i} has the number {i * i}. " * 3}) + "\n" for i in range(200))
     (tmp_path / "short.jsonl").write_text("".join(lines))
-    flags = ("--training.dataset=text_files", f"--training.dataset_path={tmp_path}", "--training.steps=2")
+    flags = (
+        "--training.dataset=text_files",
+        f"--training.dataset_path={tmp_path}/short.jsonl",
+        "--training.steps=2",
+    )
     causal = train(*flags, name="causal")
     document = train(*flags, "--model.overrides.attn_mask_type=document", name="document")
     assert causal.losses[0] != document.losses[0]
