@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallelisms.config import ParallelismConfig
@@ -21,6 +22,9 @@ class Mesh:
 
     device_mesh: DeviceMesh
     degrees: dict[str, int]
+    data_group: ProcessGroup
+    """The ranks that read different data: losses and token counts are summed over them, not the world,
+    since the ranks of a ``tp`` group all hold the same."""
 
     @property
     def fsdp(self) -> DeviceMesh:
@@ -67,4 +71,15 @@ def build_mesh(config: ParallelismConfig, device_type: str, world_size: int) -> 
                 world_size //= degrees[axis]
         degrees["dp_shard"] = world_size
     mesh = init_device_mesh(device_type, tuple(degrees[axis] for axis in AXES), mesh_dim_names=AXES)
-    return Mesh(mesh, degrees)
+    if degrees["tp"] > 1:
+        # The axes over which a gradient's norm is summed: DTensor finds them by this, and reduces once.
+        mesh["dp_shard", "tp"]._flatten("dp_shard_tp")
+    return Mesh(mesh, degrees, _data_group(mesh, degrees))
+
+
+def _data_group(mesh: DeviceMesh, degrees: dict[str, int]) -> ProcessGroup:
+    if degrees["dp_replicate"] == 1:
+        return mesh.get_group("dp_shard")
+    if degrees["dp_shard"] == 1:
+        return mesh.get_group("dp_replicate")
+    return mesh["dp_replicate", "dp_shard"]._flatten("dp").get_group()

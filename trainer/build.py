@@ -1,15 +1,17 @@
 """From a configuration to a model that can train: the one order, as code.
 
-    model on meta -> converters -> activation checkpointing -> compile per block -> FSDP2 -> materialise
+    model on meta -> converters -> tensor parallel -> activation checkpointing
+    -> compile per block -> FSDP2 -> materialise
 
 Each line below is one step and returns what it did; the order is part of the design. Converters come first
-because they swap modules; checkpointing wraps a block's forward before the compiler sees it; FSDP comes last
-because it shards what the others made.
+because they swap modules; tensor parallelism splits the modules that are then there; checkpointing wraps a
+block's forward before the compiler sees it; FSDP comes last because it shards what the others made.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from parallelisms.activation_checkpoint import apply_activation_checkpoint
 from parallelisms.compile import apply_compile
 from parallelisms.fsdp import apply_fsdp
 from parallelisms.mesh import Mesh
+from parallelisms.tensor_parallel import apply_tensor_parallel
 from trainer.config.checks import model_config
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.job import JobConfig
@@ -38,7 +41,7 @@ class BuiltModel:
     reports: list[ConversionReport]
     flop_inputs: FlopInputs
     notes: list[str]
-    """One line per step of the build, for the start-up log."""
+    """One line per step of the build that did something or could have, for the start-up log."""
 
 
 def build_model(config: JobConfig, mesh: Mesh, device: torch.device, seed: int) -> BuiltModel:
@@ -53,6 +56,13 @@ def build_model(config: JobConfig, mesh: Mesh, device: torch.device, seed: int) 
         model = spec.build(sizes).to(DTYPES[config.training.dtype])
     converters, reports = _convert(model, config, mesh, device)
     notes = [
+        apply_tensor_parallel(
+            model,
+            spec.roles,
+            mesh.device_mesh["tp"],
+            style_for=partial(_converter_style, converters),
+            loss_parallel=not config.parallelism.disable_loss_parallel,
+        ),
         apply_activation_checkpoint(
             model,
             spec.blocks,
@@ -71,8 +81,8 @@ def build_model(config: JobConfig, mesh: Mesh, device: torch.device, seed: int) 
             cpu_offload=offloads(config, device),
         ),
     ]
-    _materialise(model, torch.device("cpu") if offloads(config, device) else device, seed)
-    return BuiltModel(model, converters, reports, spec.flop_inputs(sizes), notes)
+    _materialise(model, torch.device("cpu") if offloads(config, device) else device, device, seed)
+    return BuiltModel(model, converters, reports, spec.flop_inputs(sizes), [note for note in notes if note])
 
 
 def offloads(config: JobConfig, device: torch.device) -> bool:
@@ -106,10 +116,22 @@ def _convert(
     return converters, reports
 
 
-def _materialise(model: nn.Module, device: torch.device, seed: int) -> None:
-    """Give the shards memory and fill them: the same weights for a seed under every layout."""
-    model.to_empty(device=device)
+def _converter_style(converters: list[Converter], fqn: str, module: nn.Module, role: str) -> Any | None:
+    """The tensor-parallel style of the converter that made `module`, if one did."""
+    styles = (converter.parallel_style(fqn, module, role) for converter in converters)
+    return next((style for style in styles if style is not None), None)
+
+
+def _materialise(model: nn.Module, storage: torch.device, compute: torch.device, seed: int) -> None:
+    """Give the shards memory on `storage` and fill them: the same weights for a seed under every layout.
+
+    Buffers (RoPE tables, scales) are not sharded and not offloaded: they lie where the compute is.
+    """
+    model.to_empty(device=storage)
     torch.manual_seed(seed)
     with torch.no_grad():
         model.init_weights()  # type: ignore[operator]
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(compute)
     model.train()

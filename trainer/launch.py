@@ -103,7 +103,8 @@ def _torchrun(argv: Sequence[str], processes: int, nodes: int, restarts: int) ->
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
-            print(f"error: rank {rank} was ended by {name}", file=sys.stderr)
+            hint = " (often: the machine ran out of memory)" if name == "SIGKILL" else ""
+            print(f"error: rank {rank} was ended by {name}{hint}", file=sys.stderr)
             return 128 - failure.exitcode
         return failure.exitcode
     except SignalException as error:

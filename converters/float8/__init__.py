@@ -24,15 +24,23 @@ if TYPE_CHECKING:
     from converters.float8.filters import auto_filter_for_recipe
     from converters.float8.fsdp import precompute_float8_dynamic_scale_for_fsdp
     from converters.float8.linear import Float8Linear
+    from converters.float8.tensor_parallel import (
+        Float8ColwiseParallel,
+        Float8RowwiseParallel,
+        PrepareFloat8ModuleInput,
+    )
 
 __all__ = [
     "CastConfig",
     "DelayedScalingConfig",
+    "Float8ColwiseParallel",
     "Float8Converter",
     "Float8GemmConfig",
     "Float8Linear",
     "Float8LinearConfig",
     "Float8LinearRecipeName",
+    "Float8RowwiseParallel",
+    "PrepareFloat8ModuleInput",
     "ScalingGranularity",
     "ScalingType",
     "auto_filter_for_recipe",
@@ -44,11 +52,14 @@ __all__ = [
 _HOME = {
     "CastConfig": "config",
     "DelayedScalingConfig": "config",
+    "Float8ColwiseParallel": "tensor_parallel",
     "Float8Converter": "converter",
     "Float8GemmConfig": "config",
     "Float8Linear": "linear",
     "Float8LinearConfig": "config",
     "Float8LinearRecipeName": "config",
+    "Float8RowwiseParallel": "tensor_parallel",
+    "PrepareFloat8ModuleInput": "tensor_parallel",
     "ScalingGranularity": "config",
     "ScalingType": "config",
     "auto_filter_for_recipe": "filters",

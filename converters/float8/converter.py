@@ -35,7 +35,7 @@ from converters.float8.delayed import (
 )
 from converters.float8.filters import auto_filter_for_recipe
 from converters.float8.fsdp import precompute_float8_dynamic_scale_for_fsdp
-from converters.float8.gemm import check_device
+from converters.float8.gemm import CPU_HAS_ROW_SCALES, check_device
 from converters.float8.linear import OPS_TO_SAVE, Float8Linear
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,12 @@ class Float8Converter(Converter):
         if context.device_type != "cuda" or index is not None:
             check_device(
                 context.device_type, index, axiswise=self.config.axiswise, emulate=self.config.emulate
+            )
+        old_cpu = context.device_type == "cpu" and not CPU_HAS_ROW_SCALES
+        if old_cpu and self.config.axiswise and context.compile_model:
+            raise ValueError(
+                f"torch {torch.__version__} compiles row-scaled float8 on a CPU to wrong values\n"
+                "use torch 2.13 or later, or leave compile.enable off there"
             )
         if context.device_type == "cuda" and not context.compile_model:
             logger.warning(
@@ -152,6 +158,8 @@ class Float8Converter(Converter):
     def _remark(self, local: tuple[int, int, int]) -> str:
         if self.config.emulate:
             return "emulated"
+        if self.context.device_type == "cpu" and self.config.axiswise and not CPU_HAS_ROW_SCALES:
+            return "emulated: this torch has no row-scaled float8 GEMM on a CPU"
         if self.context.device_type != "cuda":
             return f"on {self.context.device_type}: for numerics, not for speed"
         speedup = cost.expected_speedup(self.recipe, *local)
@@ -164,6 +172,18 @@ class Float8Converter(Converter):
             for name, module in model.named_modules()
             if isinstance(module, Float8Linear)
         }
+
+    def parallel_style(self, fqn: str, module: nn.Module, role: str) -> Any | None:
+        """The float8 style of a linear that was converted; a kept one has the plain style of its role."""
+        if not isinstance(module, Float8Linear):
+            return None
+        from torch.distributed.tensor import Shard
+
+        from converters.float8.tensor_parallel import Float8ColwiseParallel, Float8RowwiseParallel
+
+        if role in ("columnwise", "output"):
+            return Float8ColwiseParallel()
+        return Float8RowwiseParallel(output_layouts=Shard(1)) if role == "rowwise" else None
 
     def ops_to_save(self) -> tuple[Any, ...]:
         """The scaled GEMM and the amax: see `linear.OPS_TO_SAVE`."""

@@ -11,7 +11,8 @@ and b column-major (bᵀ row-major). An operand that is not gets copied. Q and R
 
 Back ends, never silently exchanged:
 
-- ``torch._scaled_mm`` on CUDA (SM 8.9 for scalar scales, SM 9.0 for rows), ROCm and CPU. All three
+- ``torch._scaled_mm`` on CUDA (SM 8.9 for scalar scales, SM 9.0 for rows), ROCm and CPU (row scales from
+  torch 2.13 on; before that, row-scaled products on a CPU are emulated and the report says so). All three
   take e4m3 x e4m3, e5m2 x e4m3 and e4m3 x e5m2 with bf16, fp16 and fp32 outputs (seen on an H100 with
   torch 2.11 and on a CPU with torch 2.13); on a CPU fast accumulation means nothing.
 - ``emulate``: operands dequantised to fp32, one fp32 product. Equal to the above but for the order
@@ -31,6 +32,10 @@ from converters.float8.scaling import dequantize, inverse_scale
 
 ALIGNMENT = 16
 """Float8 GEMMs need the contraction and the number of columns divisible by this."""
+
+
+CPU_HAS_ROW_SCALES = torch.__version__ >= "2.13"
+"""Whether the CPU's `torch._scaled_mm` takes a scale per row (2.11 does not; 2.13 does)."""
 
 
 class Float8Operand(NamedTuple):
@@ -116,7 +121,8 @@ def scaled_mm(
         use_fast_accum: see `Float8GemmConfig`.
         emulate: dequantise and multiply in fp32.
     """
-    if emulate:
+    row_scaled = a.scale.dim() == 2 or b.scale.dim() == 2
+    if emulate or (row_scaled and a.data.device.type == "cpu" and not CPU_HAS_ROW_SCALES):
         product = high_precision_mm(dequantize(a.data, a.scale), dequantize(b.data, b.scale))
         return product.to(out_dtype)
     (rows, inner), columns = a.data.shape, b.data.shape[1]

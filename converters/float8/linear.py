@@ -21,10 +21,11 @@ module's state_dict has `weight` and `bias` only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -35,6 +36,9 @@ from converters.float8.gemm import Float8Operand, check_device, high_precision_m
 from converters.float8.scaling import cast_to_float8, compute_amax, scale_from_amax
 from converters.float8.stats import health
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 OPS_TO_SAVE = (torch.ops.aten._scaled_mm.default, torch.ops.aten.amax.default)
 """Ops whose outputs per-op selective checkpoints should save: the GEMM is dear, an amax small and slow."""
 
@@ -43,10 +47,20 @@ _STATE_PREFIX = "float8_"
 
 def _operand(t: Tensor, cast: CastConfig, dim: int, scale: Tensor | None, power_of_2: bool) -> Float8Operand:
     """Cast one operand; `dim` is the GEMM's contraction, used where the scale is one per row."""
+    if (gathered := gathered_float8(t)) is not None:
+        return gathered
     if scale is None:
         amax = compute_amax(t, dim if cast.axiswise else None)
         scale = scale_from_amax(amax, cast.dtype, power_of_2)
     return Float8Operand(cast_to_float8(t, scale, cast.dtype), scale)
+
+
+def _global_amax(t: Tensor, group: str | None) -> Tensor:
+    """Max |t| over the ranks of `group` that hold the parts of t; of t itself where there is none."""
+    amax = compute_amax(t)
+    if group is None:
+        return amax
+    return funcol.wait_tensor(funcol.all_reduce(amax.to(torch.float32), "max", group))
 
 
 class _Float8Mm(torch.autograd.Function):
@@ -65,9 +79,10 @@ class _Float8Mm(torch.autograd.Function):
         dy_gw_scale: Tensor | None,
         dy_amax: Tensor | None,
         dy_stats: Tensor | None,
+        dy_group: str | None,
         config: Float8LinearConfig,
     ) -> Tensor:
-        ctx.config = config
+        ctx.config, ctx.dy_group = config, dy_group
         # One tensor must not be passed twice (Dynamo): a None second scale stands for the first.
         if config.shares_cast("input"):
             x_gw_scale = x_scale
@@ -77,11 +92,10 @@ class _Float8Mm(torch.autograd.Function):
             x, weight, x_gw_scale, w_gi_scale, dy_scale, dy_gw_scale, _alias(dy_amax), _alias(dy_stats)
         )
         x_cast, w_cast = config.cast_config_input, config.cast("cast_config_weight")
-        gathered = gathered_float8(weight)
         if not x_cast.enabled:
             return high_precision_mm(x, weight.t())
         pow2 = config.round_scales_to_power_of_2
-        w_fp8 = gathered or _operand(weight, w_cast, -1, w_scale, pow2)
+        w_fp8 = _operand(weight, w_cast, -1, w_scale, pow2)
         return scaled_mm(
             _operand(x, x_cast, -1, x_scale, pow2),
             w_fp8.t(),
@@ -95,7 +109,7 @@ class _Float8Mm(torch.autograd.Function):
         (dy,) = grads
         x, weight, x_scale, w_scale, dy_scale, dy_gw_scale, dy_amax, dy_stats = ctx.saved_tensors
         config: Float8LinearConfig = ctx.config
-        dy_scale, dy_gw_scale = _dy_scales(dy, dy_scale, dy_gw_scale, dy_amax, config)
+        dy_scale, dy_gw_scale = _dy_scales(dy, dy_scale, dy_gw_scale, dy_amax, ctx.dy_group, config)
         if dy_stats is not None:
             _record_health(dy_stats, dy, config.cast_config_grad_output, dy_scale, config)
         grad_x = (
@@ -106,7 +120,7 @@ class _Float8Mm(torch.autograd.Function):
         grad_w = None
         if ctx.needs_input_grad[1]:
             grad_w = _grad_weight(dy, x, dy_gw_scale, x_scale, weight.dtype, config)
-        return (grad_x, grad_w, *[None] * 9)
+        return (grad_x, grad_w, *[None] * 10)
 
 
 def _grad_input(
@@ -117,7 +131,7 @@ def _grad_input(
     if not dy_cast.enabled:
         return high_precision_mm(dy, weight.to(dy.dtype))
     pow2 = config.round_scales_to_power_of_2
-    w_fp8 = gathered_float8(weight) or _operand(weight, w_cast, 0, w_scale, pow2)
+    w_fp8 = _operand(weight, w_cast, 0, w_scale, pow2)
     return scaled_mm(
         _operand(dy, dy_cast, -1, dy_scale, pow2),
         w_fp8,
@@ -155,13 +169,16 @@ def _dy_scales(
     stored: Tensor | None,
     stored_gw: Tensor | None,
     slot: Tensor | None,
+    group: str | None,
     config: Float8LinearConfig,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Scalar scales of dY for its two GEMMs (None where per row or absent); its amax is recorded."""
+    if gathered_float8(dy) is not None:
+        return None, None
     casts = (config.cast("cast_config_grad_output"), config.cast("cast_config_grad_output_for_grad_weight"))
     amax = None
     if any(_needs_amax(cast) for cast in casts):
-        amax = compute_amax(dy)
+        amax = _global_amax(dy, group)
         if slot is not None:
             record_amax(slot.data if not torch.compiler.is_compiling() else slot, amax)
     pow2 = config.round_scales_to_power_of_2
@@ -198,7 +215,7 @@ def _alias(t: Tensor | None) -> Tensor | None:
 def _record_health(
     slot: Tensor, t: Tensor, cast: CastConfig, scale: Tensor | None, config: Float8LinearConfig
 ) -> None:
-    if not cast.enabled or t.numel() == 0:
+    if not cast.enabled or t.numel() == 0 or gathered_float8(t) is not None:
         return
     if scale is None:
         amax = compute_amax(t, -1 if cast.axiswise else None)
@@ -213,6 +230,8 @@ class Float8Linear(nn.Linear):
     weight: nn.Parameter
     config: Float8LinearConfig
     collect_stats: bool
+    amax_groups: Mapping[str, str] | None = None
+    """Under tensor parallelism: the tensors whose parts lie on several ranks, and these ranks' group."""
 
     def __init__(self, *args: Any, config: Float8LinearConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -247,37 +266,39 @@ class Float8Linear(nn.Linear):
         return new
 
     def forward(self, input: Tensor) -> Tensor:
-        """X (..., K) -> Y (..., N)."""
-        if input.shape[-1] != self.in_features:
-            raise ValueError(
-                f"Float8Linear: input has last dim {input.shape[-1]}, expected {self.in_features}"
-            )
-        x, weight, bias = _autocast(input, self.weight, self.bias)
+        """X (..., K) -> Y (..., N); K and N are this rank's under tensor parallelism."""
+        x, weight, bias = _autocast(input, *self._local_parameters())
+        n, k = weight.shape
+        if input.shape[-1] != k:
+            raise ValueError(f"Float8Linear: input has last dim {input.shape[-1]}, expected {k}")
         if not torch.compiler.is_compiling():
             device = x.device
             check_device(
                 device.type, device.index, axiswise=self.config.axiswise, emulate=self.config.emulate
             )
         if self.config.force_recompute_fp8_weight_in_bwd and torch.compiler.is_compiling():
-            out = checkpoint(self._product, x.reshape(-1, self.in_features), weight, use_reentrant=False)
+            out = checkpoint(self._product, x.reshape(-1, k), weight, use_reentrant=False)
         else:
-            out = self._product(x.reshape(-1, self.in_features), weight)
-        out = out.reshape(*input.shape[:-1], self.out_features)
+            out = self._product(x.reshape(-1, k), weight)
+        out = out.reshape(*input.shape[:-1], n)
         return out if bias is None else out + bias.to(out.dtype)
+
+    def _local_parameters(self) -> tuple[Tensor, Tensor | None]:
+        if self.amax_groups is None:
+            return self.weight, self.bias
+        weight, bias = cast("tuple[DTensor, DTensor | None]", (self.weight, self.bias))
+        return weight.to_local(), None if bias is None else bias.to_local()
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         config = self.config
         with torch.no_grad():
             x_scales = self._scales("input", "cast_config_input_for_grad_weight", x)
-            w_scales: tuple[Tensor | None, Tensor | None] = (None, None)
-            if gathered_float8(weight) is None:
-                w_scales = self._scales("weight", "cast_config_weight_for_grad_input", weight)
+            w_scales = self._scales("weight", "cast_config_weight_for_grad_input", weight)
             if self.collect_stats:
                 _record_health(self.float8_stats_input, x, config.cast_config_input, x_scales[0], config)
-                if gathered_float8(weight) is None:
-                    _record_health(
-                        self.float8_stats_weight, weight, config.cast_config_weight, w_scales[0], config
-                    )
+                _record_health(
+                    self.float8_stats_weight, weight, config.cast_config_weight, w_scales[0], config
+                )
         dy_casts = ("cast_config_grad_output", "cast_config_grad_output_for_grad_weight")
         return _Float8Mm.apply(
             x,
@@ -288,14 +309,18 @@ class Float8Linear(nn.Linear):
             None if config.shares_cast("grad_output") else self._stored_scale("grad_output", dy_casts[1]),
             self.float8_amax_grad_output if self._records("grad_output") else None,
             self.float8_stats_grad_output if self.collect_stats else None,
+            self._amax_group("grad_output"),
             config,
         )
 
     def _scales(self, tensor: str, second_use: str, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Scalar scales of X or W for its two GEMMs, and its amax recorded for delayed scaling."""
+        if gathered_float8(t) is not None:
+            return None, None
         first_use = f"cast_config_{tensor}"
         casts = (self.config.cast(first_use), self.config.cast(second_use))
-        amax = compute_amax(t) if any(_needs_amax(cast) for cast in casts) else None
+        needed = any(_needs_amax(cast) for cast in casts)
+        amax = _global_amax(t, self._amax_group(tensor)) if needed else None
         if amax is not None and self._records(tensor):
             record_amax(getattr(self, f"float8_amax_{tensor}"), amax)
         pow2 = self.config.round_scales_to_power_of_2
@@ -303,6 +328,9 @@ class Float8Linear(nn.Linear):
         if self.config.shares_cast(tensor):
             return first, None  # as the first
         return first, _scalar_scale(casts[1], amax, self._stored_scale(tensor, second_use), pow2)
+
+    def _amax_group(self, tensor: str) -> str | None:
+        return None if self.amax_groups is None else self.amax_groups.get(tensor)
 
     def _records(self, tensor: str) -> bool:
         # Evaluation must not change how training goes on.

@@ -15,6 +15,7 @@ from converters.float8 import (
     convert_to_float8_training,
     sync_float8_amax_and_scale_history,
 )
+from converters.float8.gemm import CPU_HAS_ROW_SCALES
 from converters.float8.linear import OPS_TO_SAVE
 from converters.float8.scaling import cast_to_float8, compute_amax, inverse_scale, scale_from_amax
 
@@ -73,6 +74,10 @@ def train_twice(forward: nn.Module, model: nn.Module, x: Tensor) -> list[Tensor]
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_compiled_and_checkpointed_equal_eager(name: str) -> None:
+    if name.startswith("rowwise") and not CPU_HAS_ROW_SCALES:
+        pytest.skip(
+            "inductor before torch 2.13 compiles this to wrong values on a CPU; the converter refuses"
+        )
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = convert_to_float8_training(Block(), config=CONFIGS[name])

@@ -196,10 +196,22 @@ def unavailable(loaded: Loaded) -> list[Problem]:
     """What the configuration asks for and this version does not have: refused, never ignored."""
     c = loaded.config
     p = c.parallelism
+    tp = p.tensor_parallel_degree > 1
+    float8 = c.quantize.linear.float8
+    is_float8 = any(CONVERTERS[name].section == "quantize.linear.float8" for name in _known_converters(c))
     wishes: list[tuple[str, bool, str]] = [
-        ("parallelism.tensor_parallel_degree", p.tensor_parallel_degree > 1, "tensor parallelism"),
         ("parallelism.context_parallel_degree", p.context_parallel_degree > 1, "context parallelism"),
         ("parallelism.pipeline_parallel_degree", p.pipeline_parallel_degree > 1, "pipeline parallelism"),
+        (
+            "parallelism.enable_async_tensor_parallel",
+            tp and p.enable_async_tensor_parallel,
+            "asynchronous tensor parallelism (matmuls that overlap their own gathers)",
+        ),
+        (
+            "quantize.linear.float8.enable_fsdp_float8_all_gather",
+            tp and is_float8 and float8.enable_fsdp_float8_all_gather,
+            "FSDP's float8 all-gather of weights that tensor parallelism splits",
+        ),
         ("parallelism.expert_parallel_degree", p.expert_parallel_degree > 1, "expert parallelism"),
         ("checkpoint.enable", c.checkpoint.enable, "checkpointing"),
         ("checkpoint.create_seed_checkpoint", c.checkpoint.create_seed_checkpoint, "checkpointing"),
@@ -241,6 +253,10 @@ def warnings(loaded: Loaded) -> list[str]:
     if c.parallelism.enable_async_tensor_parallel and c.parallelism.tensor_parallel_degree == 1:
         found.append("parallelism.enable_async_tensor_parallel has no effect: tensor_parallel_degree is 1")
     return found
+
+
+def _known_converters(config: Any) -> list[str]:
+    return [name for name in config.model.converters if name in CONVERTERS]
 
 
 def _changed(loaded: Loaded, prefix: str) -> list[str]:
