@@ -26,6 +26,7 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "checkpoint": Command("trainer.commands.checkpoint", "list, verify, show and prune checkpoints"),
     "config": Command(
         "trainer.commands.config", "show the merged configuration and where each value comes from"
     ),

@@ -30,6 +30,9 @@ from parallelisms.fsdp import set_requires_gradient_sync
 from parallelisms.mesh import build_mesh
 from trainer import __version__
 from trainer.build import build_model, offloads
+from trainer.checkpoint.changes import flat_settings
+from trainer.checkpoint.manager import CheckpointManager
+from trainer.checkpoint.state import RunState
 from trainer.config import checks
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.load import Loaded
@@ -65,7 +68,8 @@ class Trainer:
             set_deterministic(config.debug.deterministic_warn_only)
         init_process_group(rank, config.comm, cpu_collectives=offloads(config, rank.device))
         self.mesh = build_mesh(config.parallelism, self.device.type, rank.world_size)
-        self.seed = shared_seed(config.debug.seed, self.device)
+        self.checkpoints = CheckpointManager(loaded)
+        self.seed = shared_seed(self.checkpoints.seed(config.debug.seed), self.device)
         self.batch = checks.batch_arithmetic(config, rank.world_size)
         self._announce_start()
 
@@ -93,9 +97,19 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, config.training.steps)
 
-        # 6. Metrics and records.
-        self.step = 0
-        self.tokens_seen = 0
+        # 6. Checkpoint, metrics and records.
+        self.state = RunState(
+            self.model,
+            self.optimizer,
+            self.lr_scheduler,
+            self.data,
+            self.converters,
+            self.seed,
+            rank.rank,
+            rank.world_size,
+            flat_settings(loaded.values),
+        )
+        self.step, self.tokens_seen = self.checkpoints.restore(self.state)
         self.metrics = self._build_metrics()
         devices = self._device_names()
         if rank.rank == 0:
@@ -104,8 +118,11 @@ class Trainer:
         log.info("run folder: %s", self.folder)
 
     def train(self) -> None:
-        """Run all steps."""
-        config, metrics = self.config, self.metrics
+        """Run all steps that are left."""
+        config, metrics, first_step = self.config, self.metrics, self.step + 1
+        if config.checkpoint.create_seed_checkpoint:
+            self.checkpoints.save(self.state, step=0, tokens_seen=0)
+            return
         profiled = config.profiling.enable_profiling or config.profiling.enable_memory_snapshot
         gc.disable()
         batches = iter(self.data)
@@ -131,10 +148,15 @@ class Trainer:
                     with metrics.excluded("profiling"):
                         trace.step()
                         snapshots.step()
-                if self.step == 1:
+                if self.checkpoints.due(self.step):
+                    with metrics.excluded("checkpoint"):
+                        self.checkpoints.save(self.state, self.step, self.tokens_seen)
+                if self.step == first_step:
                     set_collective_timeout(self.mesh.device_mesh, config.comm.train_timeout_seconds)
                 if self.step % config.training.gc_freq == 0:
                     gc.collect(1)
+            with metrics.excluded("checkpoint"):
+                self.checkpoints.finish()
             metrics.finish(self.step, tokens_seen=self.tokens_seen)
 
     def train_step(self, batches: Iterator[Batch]) -> None:
@@ -208,7 +230,7 @@ class Trainer:
     def _sum_over_data_ranks(self, values: Tensor) -> Tensor:
         """Sum over all ranks with different data; on a GPU nothing waits for it."""
         if self.batch.dp_degree > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.mesh.data_group)
         return values
 
     def _document_ids(self, batch: Batch) -> Tensor | None:
@@ -219,7 +241,7 @@ class Trainer:
     def _log_step(self, loss: Tensor, own_mean_loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         total = self._sum_over_data_ranks(loss.clone())
         if self.batch.dp_degree > 1:
-            dist.all_reduce(own_mean_loss, dist.ReduceOp.MAX)
+            dist.all_reduce(own_mean_loss, dist.ReduceOp.MAX, group=self.mesh.data_group)
         self.metrics.log_step(
             self.step,
             loss=float(total),
@@ -263,6 +285,7 @@ class Trainer:
                 non_data_parallel_degree=self.mesh.non_data_parallel_degree,
                 rank=self.rank.rank,
                 is_metrics_rank=self.rank.rank == 0,
+                resume_step=self.step or None,
                 watch_compile=compiled,
                 run_config={"config": as_json(self.loaded)},
             )

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Literal
+
+PARTS = ("optimizer", "lr_scheduler", "dataloader", "train_state")
+"""What `exclude_from_loading` may name. train_state: step, tokens seen, states of random generators."""
 
 
 @dataclass(frozen=True)
@@ -46,3 +51,14 @@ class CheckpointConfig:
     """Write the initial model as step 0 and exit; on one device."""
     load_only: bool = False
     """Load but never save."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """What cannot work within this section."""
+        from trainer.config.errors import unknown
+
+        folder = PurePath(self.folder)
+        if folder.is_absolute() or ".." in folder.parts or folder == PurePath("."):
+            yield "folder", f"got {self.folder!r}; allowed: a name below job.dump_folder"
+        for name in self.exclude_from_loading:
+            if name not in PARTS:
+                yield "exclude_from_loading", unknown("part of the state", name, PARTS)

@@ -182,6 +182,9 @@ def _world_problems(loaded: Loaded, world_size: int) -> Iterator[Problem]:
         shown = " x ".join(f"{name} {degree}" for name, degree in degrees.items())
         yield Problem("parallelism", f"{shown} does not fit {world_size} processes (NGPU x NNODES)")
         return
+    if c.checkpoint.create_seed_checkpoint and world_size > 1:
+        message = f"runs on one device, got {world_size} processes (NGPU x NNODES)"
+        yield loaded.problem("checkpoint.create_seed_checkpoint", message)
     dp = p.data_parallel_replicate_degree * shard
     micro, total = c.training.local_batch_size * dp, c.training.global_batch_size
     if total != -1 and (total < micro or total % micro):
@@ -213,8 +216,18 @@ def unavailable(loaded: Loaded) -> list[Problem]:
             "FSDP's float8 all-gather of weights that tensor parallelism splits",
         ),
         ("parallelism.expert_parallel_degree", p.expert_parallel_degree > 1, "expert parallelism"),
-        ("checkpoint.enable", c.checkpoint.enable, "checkpointing"),
-        ("checkpoint.create_seed_checkpoint", c.checkpoint.create_seed_checkpoint, "checkpointing"),
+        ("checkpoint.last_save_in_hf", c.checkpoint.last_save_in_hf, "export to Hugging Face's format"),
+        ("checkpoint.initial_load_in_hf", c.checkpoint.initial_load_in_hf, "loading Hugging Face's format"),
+        (
+            "checkpoint.initial_load_in_hf_quantized",
+            c.checkpoint.initial_load_in_hf_quantized,
+            "loading Hugging Face's format",
+        ),
+        (
+            "checkpoint.async_mode",
+            c.checkpoint.async_mode == "async_with_pinned_mem",
+            "staging in pinned memory (async_mode 'async' is there)",
+        ),
         ("comm.mode", c.comm.mode != "default", f"comm.mode {c.comm.mode!r}"),
         ("optimizer.early_step_in_backward", c.optimizer.early_step_in_backward, "stepping inside backward"),
         ("fault_tolerance.enable", c.fault_tolerance.enable, "torchft replica groups"),
@@ -246,6 +259,8 @@ def warnings(loaded: Loaded) -> list[str]:
     for prefix, on, reason in idle:
         keys = [] if on else [key for key in _changed(loaded, prefix) if key in _command_line_keys(loaded)]
         found += [f"{key} has no effect: {reason}" for key in keys]
+    if loaded.given("checkpoint.export_dtype") and not c.checkpoint.last_save_model_only:
+        found.append("checkpoint.export_dtype has no effect: checkpoint.last_save_model_only is off")
     if c.lr_scheduler.warmup_steps > (c.lr_scheduler.total_steps or c.training.steps):
         found.append(
             f"lr_scheduler.warmup_steps {c.lr_scheduler.warmup_steps} is cut to the length of the run"

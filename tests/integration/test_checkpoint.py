@@ -1,0 +1,206 @@
+"""Runs that are killed, resumed and moved to other layouts: real processes, over gloo."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from trainer.checkpoint.integrity import read_records, verify
+from trainer.metrics.history import read_history
+
+REPO = Path(__file__).parents[2]
+FLAGS = [
+    "--training.steps=12",
+    "--training.seq_len=32",
+    "--training.local_batch_size=2",
+    "--training.global_batch_size=4",
+    "--lr_scheduler.warmup_steps=2",
+    "--metrics.log_freq=1",
+    "--model.overrides.n_layers=2",
+    "--model.overrides.dim=32",
+    "--model.overrides.n_heads=2",
+    "--model.overrides.n_kv_heads=2",
+    "--model.overrides.multiple_of=16",
+    "--checkpoint.enable",
+    "--checkpoint.interval=2",
+    "--checkpoint.keep_latest_k=3",
+]
+FLOAT8 = [
+    "--model.converters=float8",
+    "--quantize.linear.float8.emulate",
+    "--quantize.linear.float8.scaling_type_input=delayed",
+    "--quantize.linear.float8.scaling_type_weight=delayed",
+    "--quantize.linear.float8.scaling_type_grad_output=delayed",
+]
+
+
+def start(folder, flags, ngpu):
+    environment = {**os.environ, "NGPU": str(ngpu), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("CONFIG_FILE", None)
+    return subprocess.Popen(
+        [str(REPO / "run_train.sh"), *FLAGS, f"--job.dump_folder={folder}", *flags],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process):
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out[-4000:]
+    return out
+
+
+def kill_after(process, folder, step):
+    """SIGKILL the launcher and all workers, once `step` is logged; workers are not in its process group."""
+    deadline = time.monotonic() + 120
+    path = folder / "metrics.jsonl"
+    while not (path.exists() and f'"step": {step},' in path.read_text()):
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        victim.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def bits(folder):
+    history = read_history(folder)
+    assert history.curve("loss")[0] == list(range(1, 13))
+    return [[float(value).hex() for value in history.curve(key)[1]] for key in ("loss", "grad_norm")]
+
+
+def data_files(folder):
+    return {k: v for k, v in read_records(folder).items() if k.startswith("rank-")}
+
+
+@pytest.mark.parametrize(
+    ("ngpu", "flags", "kills"),
+    [(1, ["--checkpoint.async_mode=async"], 2), (2, FLOAT8, 1)],
+    ids=["one process, async", "two processes, float8 delayed"],
+)
+def test_a_killed_run_is_the_unbroken_run(tmp_path, ngpu, flags, kills):
+    """R1, short: losses and gradient norms to the bit, and the bytes of the last checkpoint.
+
+    The seed is drawn by the first process and kept by those after it.
+    """
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(start(whole, [*flags, "--debug.seed=3"], ngpu))
+    dice = random.Random(0)
+    for number in range(kills):
+        process = start(broken, [*flags, "--debug.seed=3"], ngpu)
+        kill_after(process, broken, dice.randrange(3 + 4 * number, 7 + 4 * number))
+    out = finish(start(broken, [*flags, "--debug.seed=3"], ngpu))
+    assert "resumed from" in out
+    assert bits(whole) == bits(broken)
+    last = [folder / "checkpoint" / "step-12" for folder in (whole, broken)]
+    verify(last[1])
+    assert data_files(last[0]) == data_files(last[1])
+    assert sorted(path.name for path in (broken / "checkpoint").glob("step*")) == [
+        "step-10",
+        "step-12",
+        "step-8",
+    ]
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
+    ports = [str(server.getsockname()[1]) for server in sockets]
+    for server in sockets:
+        server.close()
+    return ",".join(ports)
+
+
+def work(folder, world_size, task, *layouts):
+    ports = free_ports(16)
+    workers = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(REPO / "tests/trainer/checkpoint/layouts_worker.py"),
+                folder,
+                ports,
+                task,
+                *layouts,
+            ],
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "localhost",
+                "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+            },
+            cwd=REPO,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    for worker in workers:
+        out, _ = worker.communicate(timeout=240)
+        assert worker.returncode == 0, out[-4000:]
+
+
+def check_layouts(folder, makers, loaders):
+    for world_size, layouts in makers.items():
+        work(folder, world_size, "make", *layouts)
+    for world_size, layouts in loaders.items():
+        work(folder, world_size, "load", *layouts)
+    compared = 0
+    for source in [layout for layouts in makers.values() for layout in layouts]:
+        reference = json.loads((folder / f"{source}-as-{source}.json").read_text())
+        for layout in [layout for layouts in loaders.values() for layout in layouts]:
+            got = json.loads((folder / f"{source}-as-{layout}.json").read_text())
+            assert got["hashes"] == reference["hashes"], (source, layout)
+            assert got["losses"][2:] == pytest.approx(reference["losses"][2:], rel=1e-6), (source, layout)
+            compared += 1
+    return compared
+
+
+def test_a_checkpoint_loads_under_any_layout(tmp_path):
+    """R9: parameters and moments hash-equal, the next losses within 1e-6 relative in fp32."""
+    two = ["fsdp2", "ddp2", "tp2"]
+    assert check_layouts(tmp_path, {1: ["one"], 2: two}, {1: ["one"], 2: two}) == 16
+
+
+@pytest.mark.slow
+def test_a_checkpoint_loads_under_any_layout_of_four(tmp_path):
+    four = ["fsdp2_tp2", "hsdp2x2"]
+    makers = {1: ["one"], 2: ["fsdp2", "tp2"], 4: four}
+    assert check_layouts(tmp_path, makers, {1: ["one"], 2: ["fsdp2", "ddp2"], 4: four}) == 25
+
+
+def test_the_command_lists_verifies_shows_and_prunes(tmp_path, capsys):
+    from trainer.cli import main
+
+    run = tmp_path / "run"
+    finish(start(run, ["--training.steps=6"], 1))
+    assert main(["checkpoint", "list", str(run)]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == ["step", "2", "4", "6"]
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    assert capsys.readouterr().out.count("valid") == 3
+    assert main(["checkpoint", "show", str(run / "checkpoint" / "step-4")]) == 0
+    assert "tokens seen" in capsys.readouterr().out
+    broken = run / "checkpoint" / "step-6" / "rank-00000.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1] + b"?")
+    assert main(["checkpoint", "verify", str(run)]) == 4
+    assert "INVALID  rank-00000.safetensors" in capsys.readouterr().out
+    assert main(["checkpoint", "prune", str(run), "--keep", "1", "--dry-run"]) == 0
+    assert "kept step-4; would remove step-2" in capsys.readouterr().out
+    assert main(["checkpoint", "prune", str(run), "--keep", "1"]) == 0
+    assert sorted(path.name for path in (run / "checkpoint").glob("step*")) == ["step-4", "step-6"]
+    assert main(["checkpoint", "prune", str(run), "--keep", "0"]) == 2
+    assert main(["checkpoint", "list", str(tmp_path / "nothing")]) == 2

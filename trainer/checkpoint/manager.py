@@ -1,0 +1,288 @@
+"""The checkpoints of a run: what the trainer calls, and when something is saved.
+
+    checkpoints = CheckpointManager(loaded, ranks ...)     chooses what to start from, before a model exists
+    seed = checkpoints.seed or a drawn one                 a resumed run goes on with its seed
+    ... build model, optimizer, data ...
+    step, tokens = checkpoints.restore(state)
+    while ...:
+        train step
+        if checkpoints.due(step): checkpoints.save(state, step, tokens)
+    checkpoints.finish()
+
+`checkpoint.async_mode` = "async": `save` copies this rank's share to host memory, and a background thread
+writes it; the copy is the snapshot, so what is written does not depend on what training does meanwhile. A
+save begins only when the one before it has ended.
+
+A save that fails leaves nothing behind and former checkpoints as they were. It ends the run where the user
+must know: at step 1 (`enable_first_step_checkpoint` asks whether saving works) and at the last step.
+In between it is an error on stderr, and the next interval tries again: a disk may be full for an hour.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.checkpoint import changes, files
+from trainer.checkpoint.choose import Found, choose
+from trainer.checkpoint.files import EXIT_CHECKPOINT, CheckpointError
+from trainer.checkpoint.integrity import read_records
+from trainer.checkpoint.manifest import FULL, MODEL_ONLY, Manifest
+from trainer.checkpoint.ranks import Ranks
+from trainer.checkpoint.state import RunState
+from trainer.checkpoint.writer import Box, Plan, local_data, make_plan, to_host, write_checkpoint
+from trainer.config.errors import ConfigError, Problem
+from trainer.config.load import Loaded
+
+log = logging.getLogger(__name__)
+
+_EXPORT = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class CheckpointManager:
+    """See the module. All ranks make one and make the same calls.
+
+    Raises:
+        SystemExit: with `EXIT_CHECKPOINT`, after a message of up to three lines, where a checkpoint that is
+            needed cannot be used or written.
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded, self._config = loaded, loaded.config.checkpoint
+        self._last_step = loaded.config.training.steps
+        self._root = Path(loaded.config.job.dump_folder) / self._config.folder
+        self._found: Found | None = None
+        self._lock: int | None = None
+        self._saved_step = -1
+        self._writing: threading.Thread | None = None
+        self._failure: str | None = None
+        self._crash: Exception | None = None
+        if not self.active:
+            return
+        self._ranks = Ranks()
+        with self._ending():
+            if self._saves:
+                self._ranks.first_does(self._take_folder)
+            if not self._config.create_seed_checkpoint:
+                self._found = choose(self._config, self._root, self._ranks)
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is loaded or saved in this run."""
+        return self._config.enable or self._config.create_seed_checkpoint
+
+    @property
+    def _saves(self) -> bool:
+        return self.active and not self._config.load_only
+
+    def seed(self, configured: int | None) -> int | None:
+        """The seed to use: the configured one, or that of the run which is resumed; None to draw one."""
+        if configured is None and self._found is not None and self._found.is_own:
+            return self._found.manifest.train_state.get("seed")
+        return configured
+
+    def restore(self, state: RunState) -> tuple[int, int]:
+        """Load what was chosen, and say so.
+
+        Returns:
+            (step, tokens seen) to go on from; (0, 0) in a fresh run.
+
+        Raises:
+            ConfigError: the configuration changed in a way that the checkpoint does not allow.
+        """
+        found = self._found
+        if found is None:
+            if self.active and not self._config.create_seed_checkpoint:
+                log.info("checkpoint: none in %s, starting from fresh weights", self._root)
+            return 0, 0
+        started = time.perf_counter()
+        manifest = found.manifest
+        differences = changes.changed(manifest.config, state.config)
+        model_only = not found.is_own and self._config.initial_load_model_only
+        excluded = self._config.exclude_from_loading
+
+        def load() -> tuple[int, int]:
+            if model_only:
+                state.load_model(found.folder, manifest)
+                return 0, 0
+            return state.load(found.folder, manifest, excluded)
+
+        with self._ending():
+            try:
+                step, tokens = self._ranks.all_do(load)[0]
+                if not model_only and manifest.content == FULL and "dataloader" not in excluded:
+                    state.load_data(manifest)  # the same on every rank, and so is its error
+            except CheckpointError as error:
+                raise self._misfit(found, str(error), differences) from None
+            except ValueError as error:
+                raise _data_misfit(found, str(error)) from None
+        self._saved_step = step if found.is_own else -1
+        how = "weights from" if model_only or manifest.content != FULL else "resumed from"
+        seconds = time.perf_counter() - started
+        at = f"step {step}, {tokens:,} tokens seen, " if step else ""
+        log.info("checkpoint: %s %s (%s%.1fs)", how, found.folder, at, seconds)
+        if excluded and not model_only:
+            log.info("checkpoint: not loaded: %s", ", ".join(excluded))
+        if found.is_own and differences:
+            log.info("checkpoint: changed since: %s", changes.describe(differences))
+        if found.is_own and state.world_size != manifest.train_state.get("world_size", state.world_size):
+            log.info("checkpoint: saved by %s ranks, loaded by %d", *_worlds(manifest, state))
+        if step >= self._last_step:
+            log.info("checkpoint: training.steps is %d: nothing is left to train", self._last_step)
+        return step, tokens
+
+    def due(self, step: int) -> bool:
+        """Whether the state after `step` is to be saved."""
+        if not self._saves or not self._config.enable or step == self._saved_step:
+            return False
+        first = step == 1 and self._config.enable_first_step_checkpoint
+        return first or step % self._config.interval == 0 or step == self._last_step
+
+    def save(self, state: RunState, step: int, tokens_seen: int) -> None:
+        """Save the state after `step`; in async mode, begin to."""
+        self._wait()
+        self._raise_failure(must_succeed=False)
+        started = time.perf_counter()
+        model_only = step == 0 or (step == self._last_step and self._config.last_save_model_only)
+        content = MODEL_ONLY if model_only else FULL
+        export = _EXPORT[self._config.export_dtype] if model_only and step > 0 else None
+        tensors = state.tensors(content)
+        plan = make_plan(tensors, export, self._ranks)
+        manifest = state.manifest(step, tokens_seen, content)
+        self._saved_step = step
+        must_succeed = step in (0, 1, self._last_step)
+        if self._config.async_mode == "disabled":
+            self._write(plan, lambda box: to_host(local_data(tensors, box), box), manifest, started)
+            self._raise_failure(must_succeed)
+            return
+        staged = {box: _copied(local_data(tensors, box), box) for box in plan[self._ranks.rank]}
+        log.info("checkpoint: step-%d copied, training stood still for %.2fs", step, _since(started))
+        work = partial(self._write, plan, staged.__getitem__, manifest, started)
+        self._writing = threading.Thread(target=self._in_background, args=(work,), daemon=True)
+        self._writing.start()
+        if must_succeed:
+            self._wait()
+            self._raise_failure(must_succeed)
+
+    def finish(self) -> None:
+        """Wait until the last save is written, and leave the folder to others."""
+        self._wait()
+        self._raise_failure(must_succeed=False)
+        self._release()
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+            crash, self._crash = self._crash, None
+            if crash is not None:
+                raise crash
+
+    def _in_background(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # a thread's exception would be lost: it is raised at the next wait
+            self._crash = error
+
+    def _write(self, plan: Plan, host: Callable[[Box], Any], manifest: Manifest, started: float) -> None:
+        target = files.step_folder(self._root, manifest.step)
+        try:
+            size = write_checkpoint(target, plan, host, manifest, self._ranks)
+            gone = self._ranks.first_does(lambda: self._prune(manifest.step))
+        except CheckpointError as error:
+            self._failure = str(error)
+            return
+        only = ", model only" if manifest.content == MODEL_ONLY else ""
+        rest = f"; removed {', '.join(f'step-{step}' for step in gone)}" if gone else ""
+        log.info("checkpoint: saved %s (%.1f MB%s, %.1fs)%s", target, size / 1e6, only, _since(started), rest)
+
+    def _raise_failure(self, must_succeed: bool) -> None:
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return
+        if must_succeed:
+            with self._ending():
+                raise CheckpointError(failure)
+        if self._ranks.is_first:
+            log.error("%s\n  training goes on; the next save is tried as usual", failure)
+
+    def _prune(self, saved: int) -> list[int]:
+        try:
+            return files.prune(self._root, self._config.keep_latest_k, saved, is_complete)
+        except OSError as error:
+            log.warning("checkpoint: could not remove old ones in %s: %s", self._root, error.strerror)
+            return []
+
+    def _take_folder(self) -> None:
+        self._lock = files.lock(self._root)
+        files.clean_leftovers(self._root)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _misfit(self, found: Found, message: str, differences: dict[str, Any]) -> Exception:
+        """The error for a checkpoint that is whole and does not fit, with the setting that is to blame."""
+        key = changes.culprit(differences, "model")
+        if not found.is_own or key is None:
+            return CheckpointError(f"{found.folder} {message}\n  it is of another model than this run's")
+        then, now = differences[key]
+        text = (
+            f"the run in {self._root} has {key} = {then}, now it is {now}\n"
+            f"  {found.folder.name} {message}\n  set it as it was, or choose another job.dump_folder"
+        )
+        return ConfigError([Problem(key, text)])
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """End every rank with `EXIT_CHECKPOINT` and one message where a CheckpointError is raised."""
+        try:
+            yield
+        except ConfigError:
+            self._release()
+            raise
+        except CheckpointError as error:
+            self._release()
+            if self._ranks.is_first:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(EXIT_CHECKPOINT) from None
+
+
+def _data_misfit(found: Found, message: str) -> ConfigError:
+    lines = message.splitlines()[:2]
+    lines.append("  set it as it was, or start the data anew: checkpoint.exclude_from_loading=dataloader")
+    return ConfigError([Problem(found.folder.name, "\n".join(lines))])
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint whose marker, names and sizes are right."""
+    try:
+        read_records(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _copied(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    host = to_host(tensor, box)
+    # On a CPU, to_host may have given the live tensor itself.
+    return host.clone() if host.data_ptr() == tensor.data_ptr() else host
+
+
+def _since(started: float) -> float:
+    return time.perf_counter() - started
+
+
+def _worlds(manifest: Manifest, state: RunState) -> tuple[Any, int]:
+    return manifest.train_state.get("world_size"), state.world_size

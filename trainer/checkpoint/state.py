@@ -1,0 +1,214 @@
+"""The state of a run, as named tensors and plain values, and back.
+
+    model.<FQN>                  parameters and persistent buffers, without wrapper prefixes; a tied one once
+    optimizer.<FQN>.<field>      exp_avg, exp_avg_sq (sharded as the parameter), step
+    converter.<name>.<key>       what a converter keeps beside the model (delayed scales, say)
+    rng.<rank>.cpu, .cuda        generator states; restored where the number of ranks is the same
+
+Hyperparameters of the optimizer are no state: a resumed run has those of its own configuration. The
+schedule's state is the number of steps it took, the data's a position in the stream.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from converters.base import Converter
+from trainer.checkpoint.files import CheckpointError
+from trainer.checkpoint.manifest import FULL, MODEL_ONLY, Manifest
+from trainer.checkpoint.reader import empty_like_entry, read_tensors
+from trainer.data.loader import DataLoader
+
+log = logging.getLogger(__name__)
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The objects whose state is saved, on one rank."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    lr_scheduler: LambdaLR
+    data: DataLoader
+    converters: list[Converter]
+    seed: int
+    rank: int
+    world_size: int
+    config: dict[str, Any]
+    """Every setting, flat."""
+
+    def tensors(self, content: str) -> dict[str, Tensor]:
+        """All tensors of a full or model-only checkpoint, by key; they share memory with the run's."""
+        model = {f"model.{fqn}": tensor for fqn, tensor in model_tensors(self.model).items()}
+        if content == MODEL_ONLY:
+            return model
+        names = {id(p): fqn for fqn, p in _parameters(self.model).items()}
+        moments = {
+            f"optimizer.{names[id(parameter)]}.{field}": value
+            for parameter, fields in self.optimizer.state.items()
+            for field, value in fields.items()
+        }
+        converters = {
+            f"converter.{converter.name}.{key}": value
+            for converter in self.converters
+            for key, value in converter.state_dict(self.model).items()
+        }
+        generators = {f"rng.{self.rank}.{device}": state for device, state in _generators().items()}
+        return {**model, **moments, **converters, **generators}
+
+    def manifest(self, step: int, tokens_seen: int, content: str) -> Manifest:
+        """Everything else."""
+        counts = {"step": step, "tokens_seen": tokens_seen, "seed": self.seed, "world_size": self.world_size}
+        schedule = {"step": self.lr_scheduler.last_epoch}
+        return Manifest(step, content, counts, schedule, self.data.state_dict(), self.config)
+
+    def load(self, folder: Path, manifest: Manifest, excluded: Collection[str]) -> tuple[int, int]:
+        """Take over the state of a checkpoint, but for the data's and what is `excluded`.
+
+        Returns:
+            (step, tokens seen) to go on from.
+
+        Raises:
+            CheckpointError: it does not fit this run.
+        """
+        self.load_model(folder, manifest)
+        if manifest.content != FULL:
+            return 0, 0
+        if "optimizer" not in excluded:
+            self._load_optimizer(folder, manifest)
+        self._load_converters(folder, manifest)
+        if "lr_scheduler" not in excluded:
+            set_schedule(self.lr_scheduler, manifest.lr_scheduler["step"])
+        if "train_state" in excluded:
+            return 0, 0
+        self._load_generators(folder, manifest)
+        return manifest.step, manifest.train_state["tokens_seen"]
+
+    def load_data(self, manifest: Manifest) -> None:
+        """Go on in the data where the checkpoint was.
+
+        Raises:
+            CheckpointError: the position is malformed.
+            ValueError: it is of other data, another tokenizer or another seed.
+        """
+        try:
+            self.data.load_state_dict(manifest.dataloader)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the position in the data is malformed ({error!r})") from None
+
+    def load_model(self, folder: Path, manifest: Manifest) -> None:
+        """Take over the parameters alone.
+
+        Raises:
+            CheckpointError: they are of another model.
+        """
+        mine = {f"model.{fqn}": tensor for fqn, tensor in model_tensors(self.model).items()}
+        extra = sorted(f"model.{fqn}" for fqn in manifest.under("model") if f"model.{fqn}" not in mine)
+        if extra:
+            raise CheckpointError(f"has {extra[0]}, which this model has not")
+        read_tensors(folder, manifest, mine)
+
+    def _load_optimizer(self, folder: Path, manifest: Manifest) -> None:
+        """Fill the optimizer's state; it is made here, since an optimizer has none before its first step."""
+        plain, trained = model_tensors(self.model), _parameters(self.model)
+        on_device = any(
+            group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups
+        )
+        targets: dict[str, Tensor] = {}
+        for name in manifest.under("optimizer"):
+            fqn, _, field = name.rpartition(".")
+            if fqn not in trained:
+                raise CheckpointError(f"has moments of {fqn}, which this model has not")
+            key = f"optimizer.{name}"
+            if manifest.tensors[key].shape == tuple(plain[fqn].shape):
+                value = torch.zeros_like(plain[fqn])
+            else:
+                device = plain[fqn].device if on_device else "cpu"
+                value = empty_like_entry(manifest, key, device)
+            targets[key] = value
+            self.optimizer.state[trained[fqn]][field] = value
+        if not targets and manifest.step > 0:
+            raise CheckpointError("has no optimizer state")
+        read_tensors(folder, manifest, targets)
+
+    def _load_converters(self, folder: Path, manifest: Manifest) -> None:
+        saved = {name.partition(".")[0] for name in manifest.under("converter")}
+        for converter in self.converters:
+            keys = manifest.under(f"converter.{converter.name}")
+            mine = converter.state_dict(self.model)
+            if bool(keys) != bool(mine):
+                fate = "starts anew" if mine else "is not needed any more"
+                log.warning(
+                    "%s: its state %s: the recipe is another than the checkpoint's", converter.name, fate
+                )
+                continue
+            start = f"converter.{converter.name}."
+            state = {key: empty_like_entry(manifest, start + key) for key in keys}
+            read_tensors(folder, manifest, {start + key: value for key, value in state.items()})
+            try:
+                converter.load_state_dict(self.model, state)
+            except ValueError as error:
+                raise CheckpointError(str(error)) from None
+        for name in sorted(saved - {converter.name for converter in self.converters}):
+            log.warning(
+                "the state of converter %s in the checkpoint is not used: it is off in this run", name
+            )
+
+    def _load_generators(self, folder: Path, manifest: Manifest) -> None:
+        if manifest.train_state["world_size"] != self.world_size:
+            return
+        mine = _generators()
+        state = {f"rng.{self.rank}.{device}": torch.empty_like(value) for device, value in mine.items()}
+        state = {key: value for key, value in state.items() if key in manifest.tensors}
+        read_tensors(folder, manifest, state)
+        for key, value in state.items():
+            (torch.cuda.set_rng_state if key.endswith(".cuda") else torch.set_rng_state)(value)
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """FQN -> parameter or persistent buffer; shared memory, wrappers' prefixes removed, a tied one once."""
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    repeated = every - {name for name, _ in model.named_parameters()}
+    # state_dict and not named_parameters: there, a converter's own parameter types come out as plain tensors.
+    return {clean_fqn(name): value for name, value in model.state_dict().items() if name not in repeated}
+
+
+def clean_fqn(name: str) -> str:
+    """An FQN as it was before anything wrapped the model."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def set_schedule(scheduler: LambdaLR, step: int) -> None:
+    """Put the schedule where it is after `step` steps, with the rates of this run's configuration."""
+    scheduler.last_epoch = step
+    scheduler._step_count = step + 1
+    rates = [
+        base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {clean_fqn(name): parameter for name, parameter in model.named_parameters()}
+
+
+def _generators() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states

@@ -1,0 +1,255 @@
+"""Writing a checkpoint: each rank its share of the tensors as safetensors, rank 0 the rest.
+
+    1 plan      every rank lists the boxes of tensors that it holds (torch.distributed.checkpoint's planner);
+                rank 0 gives each box to one of the ranks that have it, the least loaded
+    2 write     rank R writes rank-R.safetensors, computing its CRC-32 on the way; fsync
+    3 seal      rank 0 writes manifest.json, integrity.json and COMPLETE, each with fsync
+    4 publish   one rename to step-N
+
+The writer of torch.distributed.checkpoint itself is not used: it keeps its metadata as a pickle, and its
+safetensors form (HuggingFaceStorageWriter) writes no metadata for sharded tensors at all.
+
+A safetensors file is 8 bytes of header length, the header as JSON, and the raw tensors; it is written here
+piece by piece, so that one tensor at a time is in host memory and its checksum costs no second pass.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
+from torch.distributed.tensor import DTensor
+
+from trainer.checkpoint import files
+from trainer.checkpoint.files import CheckpointError
+from trainer.checkpoint.integrity import BLOCK_BYTES, FileRecord, seal
+from trainer.checkpoint.manifest import DTYPE_BYTES, MANIFEST_FILE, Chunk, Manifest, TensorEntry
+from trainer.checkpoint.ranks import Ranks
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""dtype -> its name in safetensors."""
+MARGIN_BYTES = 2**20
+"""Free space asked for beyond the tensors, for the JSON files."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of a tensor that a rank holds."""
+
+    key: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    tensor_shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """What its file calls it."""
+        return f"{self.key}@{','.join(map(str, self.offsets))}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+Plan = Sequence[Sequence[Box]]
+"""What each rank writes."""
+
+
+def boxes_held(tensors: Mapping[str, Tensor], export_dtype: torch.dtype | None) -> list[Box]:
+    """The boxes of `tensors` that this rank holds, replicated ones included."""
+    found = []
+    # is_coordinator decides about objects that are no tensors; there are none.
+    for item in create_default_local_save_plan(dict(tensors), is_coordinator=False).items:
+        data = item.tensor_data
+        assert data is not None, item.index.fqn
+        dtype = DTYPES[stored_dtype(data.properties.dtype, export_dtype)]
+        offsets, shape = tuple(data.chunk.offsets), tuple(data.chunk.sizes)
+        if math.prod(shape) > 0:  # a rank may hold nothing of a small tensor
+            found.append(Box(item.index.fqn, offsets, shape, tuple(data.size), dtype))
+    return found
+
+
+def stored_dtype(dtype: torch.dtype, export_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype in the file: the tensor's own, unless floats are exported as another."""
+    return export_dtype if export_dtype is not None and dtype.is_floating_point else dtype
+
+
+def assign(held: Sequence[Sequence[Box]]) -> Plan:
+    """Give each box to the least loaded of the ranks that hold it; a pure function of `held`."""
+    holders: dict[Box, list[int]] = defaultdict(list)
+    for rank, boxes in enumerate(held):
+        for box in boxes:
+            holders[box].append(rank)
+    load = [0] * len(held)
+    plan: list[list[Box]] = [[] for _ in held]
+    for box, ranks in holders.items():
+        rank = min(ranks, key=lambda r: (load[r], r))
+        load[rank] += box.nbytes
+        plan[rank].append(box)
+    return plan
+
+
+def make_plan(tensors: Mapping[str, Tensor], export_dtype: torch.dtype | None, ranks: Ranks) -> Plan:
+    """Who writes what; the same on every rank."""
+    return assign(ranks.gather(boxes_held(tensors, export_dtype)))
+
+
+def local_data(tensors: Mapping[str, Tensor], box: Box) -> Tensor:
+    """The elements of a box that this rank holds; on their device, sharing memory."""
+    tensor = tensors[box.key].detach()
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    assert tuple(local.shape) == box.shape, (box, tuple(local.shape))
+    return local
+
+
+def to_host(tensor: Tensor, box: Box) -> Tensor:
+    """As it goes to the file: contiguous, on the host, in the stored dtype."""
+    dtype = next(dtype for dtype, name in DTYPES.items() if name == box.dtype)
+    return tensor.to("cpu", dtype).contiguous()
+
+
+def write_checkpoint(
+    target: Path, plan: Plan, host_tensor: Callable[[Box], Tensor], manifest: Manifest, ranks: Ranks
+) -> int:
+    """Write and publish a checkpoint; all ranks call it.
+
+    Args:
+        target: The folder ``step-N`` that it becomes.
+        plan: Of `make_plan`.
+        host_tensor: Gives the elements of one of this rank's boxes, on the host.
+        manifest: Everything but its tensors.
+        ranks: All of them.
+
+    Returns:
+        Bytes written by all ranks.
+
+    Raises:
+        CheckpointError: it could not be written; nothing of it is left, and what was at `target` is there.
+    """
+    needed = sum(box.nbytes for boxes in plan for box in boxes) + MARGIN_BYTES
+    temporary: Path | None = None
+    try:
+        temporary = ranks.first_does(partial(_begin, target, needed))
+        mine = temporary / _file_name(ranks.rank)
+        records = ranks.all_do(lambda: write_tensors(mine, plan[ranks.rank], host_tensor))
+        written = {_file_name(rank): record for rank, record in enumerate(records) if record is not None}
+        entries = _entries(plan)
+        ranks.first_does(partial(_finish, temporary, target, replace(manifest, tensors=entries), written))
+    except CheckpointError as error:
+        if temporary is not None:
+            ranks.first_does(partial(files.remove, temporary))
+        raise CheckpointError(f"{target} was not saved: {error}{_space(target.parent, needed)}") from None
+    return sum(record.size for record in written.values())
+
+
+def write_tensors(
+    path: Path, boxes: Sequence[Box], host_tensor: Callable[[Box], Tensor]
+) -> FileRecord | None:
+    """Write one safetensors file and wait until it is on disk; None where there is nothing to write."""
+    if not boxes:
+        return None
+    # Wide elements first, so that every tensor is aligned in the file.
+    boxes = sorted(boxes, key=lambda box: -DTYPE_BYTES[box.dtype])
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        record = _write_blocks(descriptor, _blocks(boxes, host_tensor))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return record
+
+
+def _blocks(boxes: Sequence[Box], host_tensor: Callable[[Box], Tensor]) -> Iterator[memoryview]:
+    header, position = {}, 0
+    for box in boxes:
+        end = position + box.nbytes
+        header[box.name] = {"dtype": box.dtype, "shape": box.shape, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for box in boxes:
+        data = memoryview(host_tensor(box).reshape(-1).view(torch.uint8).numpy())
+        assert len(data) == box.nbytes, box
+        for start in range(0, len(data), BLOCK_BYTES):
+            yield data[start : start + BLOCK_BYTES]
+
+
+def _write_blocks(descriptor: int, blocks: Iterable[memoryview]) -> FileRecord:
+    """Write blocks while another thread computes their checksum: both leave Python's lock."""
+    size = crc = 0
+    with ThreadPoolExecutor(1) as side:
+        for block in blocks:
+            checksum = side.submit(zlib.crc32, block, crc)
+            rest = block
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            crc = checksum.result()
+            size += len(block)
+    return FileRecord(size, crc)
+
+
+def _begin(target: Path, needed: int) -> Path:
+    temporary = files.new_temporary(target.parent, files.step_of(target.name) or 0)
+    if shutil.disk_usage(temporary).free < needed:
+        temporary.rmdir()
+        raise CheckpointError("the disk is full")
+    return temporary
+
+
+def _finish(temporary: Path, target: Path, manifest: Manifest, written: Mapping[str, FileRecord]) -> None:
+    content = manifest.to_bytes()
+    files.write_durably(temporary / MANIFEST_FILE, content)
+    seal(temporary, {**written, MANIFEST_FILE: FileRecord(len(content), zlib.crc32(content))})
+    files.sync_folder(temporary)
+    files.publish(temporary, target)
+
+
+def _entries(plan: Plan) -> dict[str, TensorEntry]:
+    chunks: dict[str, list[Chunk]] = defaultdict(list)
+    kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for rank, boxes in enumerate(plan):
+        for box in boxes:
+            chunks[box.key].append(Chunk(box.offsets, box.shape, _file_name(rank), box.name))
+            kinds[box.key] = (box.dtype, box.tensor_shape)
+    return {key: TensorEntry(*kinds[key], tuple(found)) for key, found in chunks.items()}
+
+
+def _file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _space(root: Path, needed: int) -> str:
+    """What a full disk lacks; the message's second line."""
+    place = root
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    return f"\n  it needs {needed:,} bytes, {free:,} are free there; former checkpoints are as they were"
