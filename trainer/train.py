@@ -4,6 +4,7 @@
 1  failed: the traceback is on stderr, whatever LOG_RANK says
 2  bad input (configuration, data, tokenizer): a message of a few lines
 3  the device ran out of memory: what was resident and which settings lower it
+4  a checkpoint that is needed cannot be used or written
 130, 143  ended by Ctrl-C or SIGTERM
 """
 
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one rank; returns its exit code."""
     require_own_packages()
     from parallelisms.distributed import Rank
+    from trainer.checkpoint.files import EXIT_CHECKPOINT, CheckpointError
     from trainer.config.errors import EXIT_BAD_INPUT, ConfigError
     from trainer.config.preflight import preflight
     from trainer.log import setup_logging
@@ -42,13 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer = Trainer(loaded, rank)
         trainer.train()
         trainer.close()
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         # Bad input mostly meets every rank, and one message is enough: rank 0 speaks at once and its end
         # stops the others; a rank that is still here after a moment has met something of its own.
         if rank.rank != 0:
             time.sleep(2)
-        print(error, file=sys.stderr)
-        return EXIT_BAD_INPUT
+        is_checkpoint = isinstance(error, CheckpointError)
+        print(f"error: {error}" if is_checkpoint else error, file=sys.stderr)
+        return EXIT_CHECKPOINT if is_checkpoint else EXIT_BAD_INPUT
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except DeviceMemoryError as error:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ import torch
 
 from trainer.checkpoint import changes, files
 from trainer.checkpoint.choose import Found, choose
-from trainer.checkpoint.files import EXIT_CHECKPOINT, CheckpointError
+from trainer.checkpoint.files import CheckpointError
 from trainer.checkpoint.integrity import read_records
 from trainer.checkpoint.manifest import FULL, MODEL_ONLY, Manifest
 from trainer.checkpoint.ranks import Ranks
@@ -53,8 +52,7 @@ class CheckpointManager:
     """See the module. All ranks make one and make the same calls.
 
     Raises:
-        SystemExit: with `EXIT_CHECKPOINT`, after a message of up to three lines, where a checkpoint that is
-            needed cannot be used or written.
+        CheckpointError: on every rank, where a checkpoint that is needed cannot be used or written.
     """
 
     def __init__(self, loaded: Loaded) -> None:
@@ -246,17 +244,12 @@ class CheckpointManager:
 
     @contextmanager
     def _ending(self) -> Iterator[None]:
-        """End every rank with `EXIT_CHECKPOINT` and one message where a CheckpointError is raised."""
+        """Give the folder back where an error ends the run; every rank has the same error."""
         try:
             yield
-        except ConfigError:
+        except (ConfigError, CheckpointError):
             self._release()
             raise
-        except CheckpointError as error:
-            self._release()
-            if self._ranks.is_first:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(EXIT_CHECKPOINT) from None
 
 
 def _data_misfit(found: Found, message: str) -> ConfigError:
