@@ -28,7 +28,7 @@ from parallelisms.distributed import (
 )
 from parallelisms.fsdp import set_requires_gradient_sync
 from parallelisms.mesh import build_mesh
-from trainer import __version__
+from trainer import startup
 from trainer.build import build_model, offloads
 from trainer.checkpoint.changes import flat_settings
 from trainer.checkpoint.manager import CheckpointManager
@@ -37,7 +37,6 @@ from trainer.config import checks
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.load import Loaded
 from trainer.config.render import as_json
-from trainer.data.datasets import dataset_note
 from trainer.data.loader import Batch, DataLoader, build_dataloader
 from trainer.data.tokenizer import build_tokenizer
 from trainer.loss import cross_entropy_sum
@@ -71,7 +70,7 @@ class Trainer:
         self.checkpoints = CheckpointManager(loaded)
         self.seed = shared_seed(self.checkpoints.seed(config.debug.seed), self.device)
         self.batch = checks.batch_arithmetic(config, rank.world_size)
-        self._announce_start()
+        startup.announce_run(loaded, rank, self.mesh, self.seed)
 
         # 2. Run folder.
         self.folder = open_run_folder(loaded, rank.rank)
@@ -81,14 +80,14 @@ class Trainer:
             self.tokenizer = build_tokenizer(config.model.hf_assets_path)
         self._check_vocabulary()
         self.data = self._build_data("training", self.seed, infinite=True)
-        log.info(self._describe_data())
+        startup.announce_data(config, self.batch)
 
         # 4. Model.
         with self._out_of_memory_explained():
             built = build_model(config, self.mesh, self.device, self.seed)
         self.model, self.converters = built.model, built.converters
         self.flops_per_token = flops_per_token(built.flop_inputs, config.training.seq_len)
-        self._announce_model(built.flop_inputs.parameters, built.reports, built.notes)
+        startup.announce_model(config, built, self.flops_per_token)
 
         # 5. Loss, optimizer, learning rate.
         self.loss_fn = cross_entropy_sum
@@ -305,55 +304,6 @@ class Trainer:
         dist.all_gather_object(names, f"{platform.node()}: {mine}")
         return names
 
-    # The start-up log.
-
-    def _announce_start(self) -> None:
-        config = self.config
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-        log.info("octavo %s, torch %s, %d x %s", __version__, torch.__version__, self.rank.world_size, name)
-        log.info("Starting job: %s", config.job.description)
-        for note in self.loaded.notes:
-            log.info("note: %s", note)
-        for line in checks.warnings(self.loaded):
-            log.warning("%s", line)
-        if config.training.enable_cpu_offload and not offloads(config, self.device):
-            log.warning("training.enable_cpu_offload has no effect: the device is the CPU")
-        if config.job.print_config:
-            log.info("%s", as_json(self.loaded))
-        log.info("mesh: %s; seed %d%s", self.mesh.describe(), self.seed, _drawn(config.debug.seed))
-
-    def _describe_data(self) -> str:
-        b, training = self.batch, self.config.training
-        if note := dataset_note(training.dataset, training.dataset_path):
-            log.info("note: %s", note)
-        source = training.dataset_path or training.dataset
-        factors = (
-            f"{b.local_batch_size} local x {b.dp_degree} ranks x {b.gradient_accumulation_steps} accumulated"
-        )
-        return (
-            f"batch: {factors} = {b.global_batch_size} sequences of {b.seq_len}: "
-            f"{b.tokens_per_step:,} tokens per step, from {source}"
-        )
-
-    def _announce_model(self, parameters: int, reports: list, notes: list[str]) -> None:  # type: ignore[type-arg]
-        model, overrides = self.config.model, self.config.model.overrides
-        changed = f" with {', '.join(f'{k}={v}' for k, v in overrides.items())}" if overrides else ""
-        log.info(
-            "model: %s %s%s: %s parameters, %s FLOP per token",
-            model.name,
-            model.flavor,
-            changed,
-            f"{parameters:,}",
-            f"{self.flops_per_token:,}",
-        )
-        for report in reports:
-            for line in report.lines():
-                log.info("%s", line)
-        if model.print_after_conversion:
-            log.info("%s", self.model)
-        for line in notes:
-            log.info("%s", line)
-
     @contextmanager
     def _out_of_memory_explained(self) -> Iterator[None]:
         try:
@@ -365,10 +315,6 @@ class Trainer:
             settings = dict(self.loaded.values)
             message = oom_message(error, device=self.device, resident=held, settings=settings)
             raise DeviceMemoryError(message) from error
-
-
-def _drawn(seed: int | None) -> str:
-    return " (drawn; set debug.seed to repeat the run)" if seed is None else ""
 
 
 @contextmanager
