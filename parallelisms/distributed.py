@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -31,14 +33,25 @@ class Rank:
         return cls(int(os.environ.get("RANK", 0)), local_rank, int(os.environ.get("WORLD_SIZE", 1)), device)
 
 
-def init_process_group(rank: Rank, config: CommConfig, *, cpu_collectives: bool = False) -> None:
-    """Join the process group: NCCL on GPUs, gloo on CPUs, both where `cpu_collectives` (CPU offload)."""
+def init_process_group(
+    rank: Rank, config: CommConfig, run_folder: Path, *, cpu_collectives: bool = False
+) -> None:
+    """Join the process group: NCCL on GPUs, gloo on CPUs, both where `cpu_collectives` (CPU offload).
+
+    On GPUs the flight recorder is on: when a collective times out, each rank writes its last ones below
+    `run_folder`.
+    """
     if rank.device.type == "cuda":
         torch.cuda.set_device(rank.device)
         backend = "cuda:nccl,cpu:gloo" if cpu_collectives else "nccl"
         if config.trace_buf_size > 0:
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(config.trace_buf_size))
             os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+            traces = run_folder / config.save_traces_folder
+            with suppress(OSError):  # a folder that cannot be written is reported with the run folder
+                traces.mkdir(parents=True, exist_ok=True)
+            for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):  # new and old name
+                os.environ.setdefault(name, str(traces / config.save_traces_file_prefix))
     else:
         backend = "gloo"
     os.environ.setdefault("MASTER_ADDR", "localhost")

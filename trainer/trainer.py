@@ -13,6 +13,7 @@ import logging
 import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,7 +66,12 @@ class Trainer:
         # 1. Processes: group, mesh, seed.
         if config.debug.deterministic:
             set_deterministic(config.debug.deterministic_warn_only)
-        init_process_group(rank, config.comm, cpu_collectives=offloads(config, rank.device))
+        init_process_group(
+            rank,
+            config.comm,
+            Path(config.job.dump_folder),
+            cpu_collectives=offloads(config, rank.device),
+        )
         self.mesh = build_mesh(config.parallelism, self.device.type, rank.world_size)
         self.checkpoints = CheckpointManager(loaded)
         self.seed = shared_seed(self.checkpoints.seed(config.debug.seed), self.device)
@@ -153,7 +159,7 @@ class Trainer:
                 if self.step == first_step:
                     set_collective_timeout(self.mesh.device_mesh, config.comm.train_timeout_seconds)
                 if self.step % config.training.gc_freq == 0:
-                    gc.collect(1)
+                    self._collect_garbage()
             with metrics.excluded("checkpoint"):
                 self.checkpoints.finish()
             metrics.finish(self.step, tokens_seen=self.tokens_seen)
@@ -221,6 +227,14 @@ class Trainer:
         dist.destroy_process_group()
 
     # What the steps above are made of.
+
+    def _collect_garbage(self) -> None:
+        """All ranks at the same step, so that none waits for another's; with gc_debug, what was found."""
+        if not self.config.training.gc_debug:
+            gc.collect(1)
+            return
+        found = gc.collect()
+        log.info("gc: %d objects in reference cycles up to step %d", found, self.step)
 
     def _next_batches(self, batches: Iterator[Batch]) -> list[Batch]:
         with self.metrics.data_loading(), _as_config_error(self.loaded, "training.dataset"):

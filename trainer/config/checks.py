@@ -19,6 +19,15 @@ from trainer.config.errors import Problem, unknown
 from trainer.config.load import Loaded
 from trainer.data.datasets import DATASETS
 
+ABSENT: dict[str, str] = {
+    "fault_tolerance.": "torchft replica groups",
+    "memory_estimation.": "the memory-tracking script",
+    "parallelism.expert_": "expert parallelism",
+    "quantize.linear.mx.": "MXFP8",
+    "quantize.grouped_mm.": "low-precision grouped GEMM",
+}
+"""Prefix of keys of which nothing exists -> what they are for; only their defaults are accepted."""
+
 
 @dataclass(frozen=True)
 class BatchArithmetic:
@@ -215,7 +224,6 @@ def unavailable(loaded: Loaded) -> list[Problem]:
             tp and is_float8 and float8.enable_fsdp_float8_all_gather,
             "FSDP's float8 all-gather of weights that tensor parallelism splits",
         ),
-        ("parallelism.expert_parallel_degree", p.expert_parallel_degree > 1, "expert parallelism"),
         ("checkpoint.last_save_in_hf", c.checkpoint.last_save_in_hf, "export to Hugging Face's format"),
         ("checkpoint.initial_load_in_hf", c.checkpoint.initial_load_in_hf, "loading Hugging Face's format"),
         (
@@ -230,15 +238,11 @@ def unavailable(loaded: Loaded) -> list[Problem]:
         ),
         ("comm.mode", c.comm.mode != "default", f"comm.mode {c.comm.mode!r}"),
         ("optimizer.early_step_in_backward", c.optimizer.early_step_in_backward, "stepping inside backward"),
-        ("fault_tolerance.enable", c.fault_tolerance.enable, "torchft replica groups"),
-        ("memory_estimation.enable", c.memory_estimation.enable, "the memory-tracking script"),
         ("debug.moe_force_load_balance", c.debug.moe_force_load_balance, "mixture-of-experts"),
     ]
-    return [
-        loaded.problem(key, f"{what} is not available in this version")
-        for key, asked, what in wishes
-        if asked
-    ]
+    asked = [(key, what) for key, wanted, what in wishes if wanted]
+    asked += [(key, what) for prefix, what in ABSENT.items() for key in _changed(loaded, prefix)]
+    return [loaded.problem(key, f"{what} is not available in this version") for key, what in asked]
 
 
 def warnings(loaded: Loaded) -> list[str]:
@@ -254,17 +258,20 @@ def warnings(loaded: Loaded) -> list[str]:
         ("compile.", c.compile.enable, "compile.enable is off"),
         ("validation.", c.validation.enable, "validation.enable is off"),
         ("checkpoint.", c.checkpoint.enable, "checkpoint.enable is off"),
-        ("fault_tolerance.", c.fault_tolerance.enable, "fault_tolerance.enable is off"),
     ]
     for prefix, on, reason in idle:
         keys = [] if on else [key for key in _changed(loaded, prefix) if key in _command_line_keys(loaded)]
         found += [f"{key} has no effect: {reason}" for key in keys]
-    if loaded.given("checkpoint.export_dtype") and not c.checkpoint.last_save_model_only:
+    if _changed(loaded, "checkpoint.export_dtype") and not c.checkpoint.last_save_model_only:
         found.append("checkpoint.export_dtype has no effect: checkpoint.last_save_model_only is off")
     if c.lr_scheduler.warmup_steps > (c.lr_scheduler.total_steps or c.training.steps):
         found.append(
             f"lr_scheduler.warmup_steps {c.lr_scheduler.warmup_steps} is cut to the length of the run"
         )
+    for axis in ("pipeline", "context"):
+        if getattr(c.parallelism, f"{axis}_parallel_degree") == 1:
+            keys = _changed(loaded, f"parallelism.{axis}_parallel_")
+            found += [f"{key} has no effect: {axis}_parallel_degree is 1" for key in keys]
     if c.parallelism.enable_async_tensor_parallel and c.parallelism.tensor_parallel_degree == 1:
         found.append("parallelism.enable_async_tensor_parallel has no effect: tensor_parallel_degree is 1")
     return found

@@ -71,6 +71,8 @@ def test_settings_without_effect_are_warned_about():
     lines = checks.warnings(load(["--float8.recipe_name=rowwise", "--compile.components=model"], env={}))
     assert any("quantize.linear.float8" in line for line in lines)
     assert any("compile.components has no effect" in line for line in lines)
+    idle = checks.warnings(load(["--parallelism.pipeline_parallel_schedule=GPipe"], env={}))
+    assert idle == ["parallelism.pipeline_parallel_schedule has no effect: pipeline_parallel_degree is 1"]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,10 @@ def test_settings_without_effect_are_warned_about():
         ],
         ["--parallelism.context_parallel_degree=2"],
         ["--fault_tolerance.enable"],
+        ["--memory_estimation.enabled"],
+        ["--mx.recipe_name=other"],
+        ["--quantize.grouped_mm.float8.fqns=experts"],
+        ["--parallelism.expert_tensor_parallel_degree=2"],
         ["--comm.mode=fake_backend"],
     ],
 )
