@@ -1,6 +1,5 @@
 """The tools that keep the house in order, run as tests: one command checks everything."""
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -13,10 +12,10 @@ PACKAGES = ["trainer", "models", "converters", "parallelisms", "kernels"]
 
 
 def run(*command):
-    if importlib.util.find_spec(command[0].replace("-", "_")) is None and not shutil.which(command[0]):
+    beside = Path(sys.executable).with_name(command[0])
+    program = str(beside) if beside.exists() else shutil.which(command[0])
+    if program is None:
         pytest.skip(f"{command[0]} is not installed (extra 'dev')")
-    tool = Path(sys.executable).with_name(command[0])
-    program = str(tool) if tool.exists() else command[0]
     done = subprocess.run([program, *command[1:]], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
