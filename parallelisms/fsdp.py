@@ -79,8 +79,8 @@ def apply_fsdp(
     )
 
 
-def set_requires_gradient_sync(model: nn.Module, needed: bool) -> None:
-    """Whether the next backward's gradients are reduced over ranks (the replica axis only is deferred)."""
+def set_replica_all_reduce(model: nn.Module, needed: bool) -> None:
+    """Whether the next backward also sums over replicas: once a step is enough (shards sum every time)."""
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(needed)
 

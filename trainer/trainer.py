@@ -27,7 +27,7 @@ from parallelisms.distributed import (
     set_deterministic,
     shared_seed,
 )
-from parallelisms.fsdp import set_requires_gradient_sync
+from parallelisms.fsdp import set_replica_all_reduce
 from parallelisms.mesh import build_mesh
 from trainer import startup
 from trainer.build import build_model, offloads
@@ -173,7 +173,7 @@ class Trainer:
         valid = self._sum_over_data_ranks(torch.tensor(float(valid_here), device=self.device))
         loss = torch.zeros((), device=self.device)
         for index, batch in enumerate(micro_batches, 1):
-            set_requires_gradient_sync(self.model, index == len(micro_batches))
+            set_replica_all_reduce(self.model, index == len(micro_batches))
             loss += self.forward_backward(batch, valid)
         for converter in self.converters:
             converter.after_backward(self.model)

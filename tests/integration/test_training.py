@@ -55,6 +55,13 @@ def test_layouts_of_one_global_batch_agree(train):
     layouts = {
         "fsdp2": train(FP32, ngpu=2, name="fsdp2"),
         "ddp2": train(FP32, "--parallelism.data_parallel_replicate_degree=2", ngpu=2, name="ddp2"),
+        "ddp2_accumulated": train(
+            FP32,
+            "--parallelism.data_parallel_replicate_degree=2",
+            "--training.local_batch_size=2",
+            ngpu=2,
+            name="ddp2_acc",
+        ),
         "fsdp2_accumulated": train(FP32, "--training.local_batch_size=2", ngpu=2, name="acc"),
     }
     for name, run in layouts.items():
