@@ -20,9 +20,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class Initializer:
-    """Fills parameters in place; advances torch's CPU generator by one number when made."""
+    """Fills parameters in place; advances torch's CPU generator by one number when made.
 
-    def __init__(self) -> None:
+    Args:
+        draw_on: Device whose generator draws; each parameter's own when unset. For weights that lie in host
+            memory but belong to a GPU's run, since the two kinds draw different numbers.
+    """
+
+    def __init__(self, draw_on: torch.device | None = None) -> None:
+        self.draw_on = draw_on
         self.seed = int(torch.randint(2**31, (), device="cpu"))
 
     def normal_(self, parameter: Tensor, fqn: str, std: float) -> None:
@@ -39,12 +45,13 @@ class Initializer:
         )
 
     def _fill(self, parameter: Tensor, fqn: str, draw: Callable[[Tensor, torch.Generator], Tensor]) -> None:
-        rng = torch.Generator(device=parameter.device)
+        device = self.draw_on or parameter.device
+        rng = torch.Generator(device=device)
         # A hash and not a sum: on a CPU torch uses only the low 32 bits of a seed.
         digest = hashlib.blake2b(f"{self.seed} {fqn}".encode(), digest_size=8).digest()
         rng.manual_seed(int.from_bytes(digest, "little") >> 1)
         with torch.no_grad():
-            full = draw(torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device), rng)
+            full = draw(torch.empty(parameter.shape, dtype=torch.float32, device=device), rng)
             if not isinstance(parameter, DTensor):
                 parameter.copy_(full)
                 return

@@ -12,7 +12,8 @@ Shapes used by all models: B sequences, S positions, D model width, V vocabulary
 The module that `build` returns:
 
 - ``forward(tokens: (B, S) int64, document_ids: (B, S) int64 | None = None) -> (B, S, V)`` logits;
-- ``init_weights()`` fills every parameter and buffer in place, after ``to_empty``;
+- ``init_weights(draw_on=None)`` fills every parameter and buffer in place, after ``to_empty``, with numbers
+  drawn on the device `draw_on`;
 - parameters' FQNs carry no wrapper names.
 """
 

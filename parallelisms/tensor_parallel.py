@@ -154,6 +154,26 @@ def apply_tensor_parallel(
     return _describe(tp_mesh.size(), counts, loss_parallel)
 
 
+def apply_async_tensor_parallel(tp_mesh: DeviceMesh, wanted: bool) -> str:
+    """Let the compiler split each gather and its matmul, and each matmul and its scatter, to overlap them.
+
+    Inductor's pass fuses what it recognises in a compiled block (all-gather + mm, mm + reduce-scatter) into
+    pipelined kernels over symmetric memory, which needs GPUs that reach one another's memory. (The idea:
+    Wang et al. 2023, "Overlap communication with dependent computation via decomposition", ASPLOS.)
+
+    Returns:
+        What was done, for the start-up log; empty where nothing is split or asked for.
+    """
+    if not wanted or tp_mesh.size() == 1:
+        return ""
+    if tp_mesh.device_type != "cuda":
+        return f"asynchronous tensor parallel: no effect on {tp_mesh.device_type} (no symmetric memory)"
+    import torch._inductor.config as inductor
+
+    inductor._micro_pipeline_tp = True
+    return "asynchronous tensor parallel: the compiler overlaps gathers and scatters with their matmuls"
+
+
 def _describe(ranks: int, counts: Counter[str], loss_parallel: bool) -> str:
     converted = f" ({counts['converted']} by a converter's style)" if counts["converted"] else ""
     special = f", {counts['own_gathers']} of them as a converter says" if counts["own_gathers"] else ""

@@ -24,7 +24,7 @@ from parallelisms.activation_checkpoint import apply_activation_checkpoint
 from parallelisms.compile import apply_compile
 from parallelisms.fsdp import apply_fsdp
 from parallelisms.mesh import Mesh
-from parallelisms.tensor_parallel import apply_tensor_parallel
+from parallelisms.tensor_parallel import apply_async_tensor_parallel, apply_tensor_parallel
 from trainer.config.checks import model_config
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.job import JobConfig
@@ -62,6 +62,9 @@ def build_model(config: JobConfig, mesh: Mesh, device: torch.device, seed: int) 
             mesh.device_mesh["tp"],
             style_for=partial(_converter_style, converters),
             loss_parallel=not config.parallelism.disable_loss_parallel,
+        ),
+        apply_async_tensor_parallel(
+            mesh.device_mesh["tp"], wanted=config.parallelism.enable_async_tensor_parallel
         ),
         apply_activation_checkpoint(
             model,
@@ -130,7 +133,7 @@ def _materialise(model: nn.Module, storage: torch.device, compute: torch.device,
     model.to_empty(device=storage)
     torch.manual_seed(seed)
     with torch.no_grad():
-        model.init_weights()  # type: ignore[operator]
+        model.init_weights(draw_on=compute)  # type: ignore[operator]
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(compute)

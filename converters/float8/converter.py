@@ -193,9 +193,11 @@ class Float8Converter(Converter):
         """Turn statistics on for a logged step and off after it."""
         freq = self.section.log_stats_freq
         wanted = bool(freq) and (step == 1 or step % freq == 0)
-        if wanted != self._collected:
+        if wanted or self._collected:
             for layer in self._layers(model).values():
                 layer.collect_stats = wanted
+                if wanted:
+                    stats.record_gathered_weight(layer)
         self._collected = wanted
 
     def after_backward(self, model: nn.Module) -> None:

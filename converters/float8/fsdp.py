@@ -4,7 +4,9 @@
 
 The global amax is a MAX all-reduce per weight, or with `precompute_float8_dynamic_scale_for_fsdp`
 one for all weights after the optimizer step. The scale does not travel: all ranks compute it from
-the same amax. W8 serves both GEMMs that read the weight, hence tensorwise scales only.
+the same amax. W8 serves both GEMMs that read the weight, hence tensorwise scales only. A weight that
+tensor parallelism has split before takes the maximum over that group too: its scale stays that of the
+whole weight, and each rank gathers its part of it.
 
 FSDP2 finds `fsdp_pre_all_gather` and `fsdp_post_all_gather` on the local tensor of a sharded
 parameter; so the parameter is a `FSDPFloat8Shard`, a wrapper that behaves as the plain tensor in it.
@@ -18,11 +20,13 @@ step without precompute computes its own.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils import _pytree as pytree
 
 from converters.float8.gemm import Float8Operand
@@ -75,19 +79,24 @@ class FSDPFloat8Shard(_Wrapper):
     _tensor: Tensor
     _dtype: torch.dtype
     _power_of_2: bool
+    _tp_group: str | None
+    """Name of the tensor-parallel group whose ranks hold the other parts of the weight."""
     _scale: Tensor | None
 
     @staticmethod
-    def __new__(cls, tensor: Tensor, dtype: torch.dtype, power_of_2: bool) -> FSDPFloat8Shard:  # noqa: D102
+    def __new__(  # noqa: D102
+        cls, tensor: Tensor, dtype: torch.dtype, power_of_2: bool, tp_group: str | None = None
+    ) -> FSDPFloat8Shard:
         self = _Wrapper._make(cls, tensor, tensor.dtype)
         self._tensor, self._dtype, self._power_of_2, self._scale = tensor, dtype, power_of_2, None
+        self._tp_group = tp_group
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"FSDPFloat8Shard({self._tensor!r})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["_tensor"], (self._dtype, self._power_of_2)
+        return ["_tensor"], (self._dtype, self._power_of_2, self._tp_group)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> FSDPFloat8Shard:
@@ -105,17 +114,20 @@ class FSDPFloat8Shard(_Wrapper):
         if func not in _KEEP_SHARD:
             return out
         first = shards[0]
-        return pytree.tree_map_only(
-            Tensor, lambda t: FSDPFloat8Shard(t, first._dtype, first._power_of_2), out
-        )
+        settings = first._dtype, first._power_of_2, first._tp_group
+        return pytree.tree_map_only(Tensor, lambda t: FSDPFloat8Shard(t, *settings), out)
 
     def global_scale(self, mesh: DeviceMesh | None) -> Tensor:
         """The scale of the whole weight: the precomputed one, or from an all-reduce over the shards."""
         if self._scale is not None:
             return self._scale
         amax = compute_amax(self._tensor).to(torch.float32)
-        if mesh is not None and mesh.size() > 1:
-            group = mesh.get_group(mesh.ndim - 1)
+        groups: list[Any] = []
+        if mesh is not None and mesh.size(mesh.ndim - 1) > 1:
+            groups.append(mesh.get_group(mesh.ndim - 1))
+        if self._tp_group is not None:
+            groups.append(_resolve_process_group(self._tp_group))
+        for group in groups:
             dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
         return scale_from_amax(amax, self._dtype, self._power_of_2)
 
@@ -194,25 +206,40 @@ def gathered_float8(weight: Tensor) -> Float8Operand | None:
     return None
 
 
-def shard_for_float8_gather(weight: nn.Parameter, config: Float8LinearConfig) -> nn.Parameter:
-    """The same values as a parameter whose shards FSDP2 gathers in float8."""
-    dtype = config.cast("cast_config_weight").dtype
-    shard = FSDPFloat8Shard(weight.detach(), dtype, config.round_scales_to_power_of_2)
-    return nn.Parameter(shard, requires_grad=weight.requires_grad)
+def shard_for_float8_gather(
+    weight: Tensor, config: Float8LinearConfig, tp_group: str | None = None
+) -> nn.Parameter:
+    """The same values as a parameter whose shards FSDP2 gathers in float8.
+
+    Args:
+        weight: A plain tensor, or with `tp_group` a DTensor that is split over that group.
+        config: Its casts.
+        tp_group: Name of the group that holds the other parts of the weight.
+    """
+    settings = config.cast("cast_config_weight").dtype, config.round_scales_to_power_of_2, tp_group
+    return nn.Parameter(
+        _map_local(weight.detach(), lambda t: FSDPFloat8Shard(t, *settings)),
+        requires_grad=weight.requires_grad,
+    )
 
 
 def plain(t: Tensor) -> Tensor:
     """The same values as a plain tensor, or as a DTensor of plain tensors; shares memory."""
-    local = getattr(t, "_local_tensor", t)
-    if not isinstance(local, FSDPFloat8Shard):
+    if not isinstance(getattr(t, "_local_tensor", t), FSDPFloat8Shard):
         return t
+    return _map_local(t, lambda local: cast("FSDPFloat8Shard", local)._tensor)
+
+
+def _map_local(t: Tensor, wrap: Callable[[Tensor], Tensor]) -> Tensor:
+    """`wrap` of a plain tensor, or of a DTensor's local part."""
+    local = getattr(t, "_local_tensor", t)  # a DTensor's, without importing DTensor where there is none
     if local is t:
-        return local._tensor
+        return wrap(t)
     from torch.distributed.tensor import DTensor
 
     assert isinstance(t, DTensor)
     return DTensor.from_local(
-        local._tensor, t.device_mesh, t.placements, run_check=False, shape=t.size(), stride=t.stride()
+        wrap(local), t.device_mesh, t.placements, run_check=False, shape=t.size(), stride=t.stride()
     )
 
 
@@ -230,9 +257,9 @@ def precompute_float8_dynamic_scale_for_fsdp(model: nn.Module) -> None:
     # A rank may hold nothing of a small weight; an empty norm is undefined.
     norms = [compute_amax(shard._tensor).to(torch.float32) for shard in shards]
     amaxes = torch.stack(norms)
-    mesh = params[0].device_mesh
+    mesh = _sharding_axes(params[0].device_mesh)
     if mesh.size() > 1:
-        dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=mesh.get_group(mesh.ndim - 1))
+        dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=mesh.get_group())
     by_kind: dict[Any, list[int]] = {}
     for index, shard in enumerate(shards):
         by_kind.setdefault((shard._dtype, shard._power_of_2), []).append(index)
@@ -240,3 +267,26 @@ def precompute_float8_dynamic_scale_for_fsdp(model: nn.Module) -> None:
         scales = scale_from_amax(amaxes[indices], dtype, power_of_2)
         for scale, index in zip(scales.unbind(), indices, strict=True):
             shards[index]._scale = scale
+
+
+def _sharding_axes(mesh: DeviceMesh) -> DeviceMesh:
+    """A parameter's mesh as one axis, without the replicas: they hold the same."""
+    names = tuple(name for name in mesh.mesh_dim_names or () if name != "dp_replicate")
+    if not names or mesh.ndim == 1:
+        return mesh
+    inner = mesh if len(names) == mesh.ndim else mesh[names]
+    return inner if inner.ndim == 1 else inner._flatten()
+
+
+@torch.no_grad()
+def weight_before_gather(weight: Tensor) -> tuple[Tensor, Tensor, torch.dtype] | None:
+    """This rank's part of a weight that is gathered in float8, its scale, and the dtype; None for others.
+
+    Every rank of the parameter's mesh must call it: the scale may take an all-reduce.
+    """
+    shard = getattr(weight, "_local_tensor", weight)
+    if not isinstance(shard, FSDPFloat8Shard):
+        return None
+    mesh = getattr(weight, "device_mesh", None)
+    scale = shard.global_scale(None if mesh is None else _sharding_axes(mesh))
+    return shard._tensor, scale, shard._dtype

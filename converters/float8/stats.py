@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from converters.float8.fsdp import weight_before_gather
 from converters.float8.scaling import cast_to_float8, compute_amax, dequantize, float8_max
 
 FIELDS = ("amax", "saturated_share", "flushed_share", "sqnr_db")
@@ -41,6 +42,16 @@ def register_stats(module: nn.Module, device: torch.device) -> None:
         module.register_buffer(
             f"float8_stats_{tensor}", torch.zeros(len(FIELDS), device=device), persistent=False
         )
+
+
+def record_gathered_weight(layer: nn.Module) -> None:
+    """The weight's numbers where FSDP2 gathers it in float8, so that no forward sees its high precision.
+
+    They are those of this rank's shard; every rank of the weight's mesh must take part.
+    """
+    found = weight_before_gather(layer.weight)  # type: ignore[arg-type]
+    if found is not None and found[0].numel():
+        layer.float8_stats_weight.copy_(health(*found))  # type: ignore[operator, union-attr]
 
 
 def collect(layers: dict[str, nn.Module]) -> dict[str, float]:

@@ -41,7 +41,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from converters.float8.config import CastConfig, Float8LinearConfig, ScalingType
-from converters.float8.fsdp import GatheredFloat8
+from converters.float8.fsdp import GatheredFloat8, plain, shard_for_float8_gather
 from converters.float8.linear import Float8Linear
 from converters.float8.scaling import cast_to_float8, compute_amax, scale_from_amax
 from parallelisms.tensor_parallel import SharedInputStyle
@@ -261,15 +261,14 @@ def _split(
     linear: Float8Linear, mesh: DeviceMesh, *, dim: int, reduced: tuple[str, ...], src: int | None
 ) -> None:
     """Make the parameters DTensors sharded along `dim`, and the scales of `reduced` tensors the group's."""
-    if linear.config.enable_fsdp_float8_all_gather:
-        raise ValueError(
-            "enable_fsdp_float8_all_gather does not work with tensor parallelism yet:\n"
-            "the scale of a gathered weight would be that of a part of it"
-        )
+    group = mesh.get_group().group_name
     for name, parameter in list(linear.named_parameters(recurse=False)):
-        split = distribute_tensor(parameter.data, mesh, (Shard(dim),), src_data_rank=src)
-        linear.register_parameter(name, nn.Parameter(split, requires_grad=parameter.requires_grad))
-    linear.amax_groups = dict.fromkeys(reduced, mesh.get_group().group_name)
+        split = distribute_tensor(plain(parameter.data), mesh, (Shard(dim),), src_data_rank=src)
+        split = nn.Parameter(split, requires_grad=parameter.requires_grad)
+        if name == "weight" and linear.config.enable_fsdp_float8_all_gather:
+            split = shard_for_float8_gather(split, linear.config, group)
+        linear.register_parameter(name, split)
+    linear.amax_groups = dict.fromkeys(reduced, group)
 
 
 def _wire(mesh: DeviceMesh, layout: Placement, cast: CastConfig, config: Float8LinearConfig) -> _Wire:

@@ -25,6 +25,7 @@ V vocabulary.
 from __future__ import annotations
 
 import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -170,14 +171,15 @@ class Llama3(nn.Module):
         if self.config.tied_output and self.output is not None and self.tok_embeddings is not None:
             self.output.weight = self.tok_embeddings.weight
 
-    def init_weights(self) -> None:
+    def init_weights(self, draw_on: torch.device | None = None) -> None:
         """Fill every parameter and buffer in place; see the head of this file for the distributions.
 
-        The same torch seed gives the same weights under any sharding (`models.init`).
+        The same torch seed gives the same weights under any sharding (`models.init`), and wherever they
+        lie: `draw_on` is the device whose generator draws, each parameter's own when unset.
         """
         self.tie_output()
         self.rope.rebuild()
-        initializer = Initializer()
+        initializer = Initializer(draw_on)
         if self.tok_embeddings is not None:
             weight = self.tok_embeddings.weight
             if self.config.tied_output:

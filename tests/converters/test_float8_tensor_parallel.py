@@ -133,10 +133,6 @@ def refusals(mesh):
     attempts = {
         "plain": (nn.Linear(32, 32), Float8ColwiseParallel()),
         "bias": (Float8Linear(32, 32, config=tensorwise), Float8RowwiseParallel()),
-        "all_gather": (
-            Float8Linear(32, 32, config=Float8LinearConfig(enable_fsdp_float8_all_gather=True)),
-            Float8ColwiseParallel(),
-        ),
         "rowwise": (
             nn.Sequential(Float8Linear(32, 32, bias=False, config=rowwise)),
             PrepareFloat8ModuleInput(),
@@ -303,6 +299,5 @@ def test_what_cannot_work_is_refused(found):
     messages = found["refusals"]
     assert "is for a Float8Linear, got Linear" in messages["plain"]
     assert "bias=False" in messages["bias"]
-    assert "does not work with tensor parallelism yet" in messages["all_gather"]
     assert "Use PrepareModuleInput" in messages["rowwise"]
     assert "allowed: Shard to Replicate" in messages["layouts"]

@@ -208,22 +208,9 @@ def unavailable(loaded: Loaded) -> list[Problem]:
     """What the configuration asks for and this version does not have: refused, never ignored."""
     c = loaded.config
     p = c.parallelism
-    tp = p.tensor_parallel_degree > 1
-    float8 = c.quantize.linear.float8
-    is_float8 = any(CONVERTERS[name].section == "quantize.linear.float8" for name in _known_converters(c))
     wishes: list[tuple[str, bool, str]] = [
         ("parallelism.context_parallel_degree", p.context_parallel_degree > 1, "context parallelism"),
         ("parallelism.pipeline_parallel_degree", p.pipeline_parallel_degree > 1, "pipeline parallelism"),
-        (
-            "parallelism.enable_async_tensor_parallel",
-            tp and p.enable_async_tensor_parallel,
-            "asynchronous tensor parallelism (matmuls that overlap their own gathers)",
-        ),
-        (
-            "quantize.linear.float8.enable_fsdp_float8_all_gather",
-            tp and is_float8 and float8.enable_fsdp_float8_all_gather,
-            "FSDP's float8 all-gather of weights that tensor parallelism splits",
-        ),
         ("checkpoint.last_save_in_hf", c.checkpoint.last_save_in_hf, "export to Hugging Face's format"),
         ("checkpoint.initial_load_in_hf", c.checkpoint.initial_load_in_hf, "loading Hugging Face's format"),
         (

@@ -78,16 +78,6 @@ def test_settings_without_effect_are_warned_about():
 @pytest.mark.parametrize(
     "flags",
     [
-        [
-            "--parallelism.tensor_parallel_degree=2",
-            "--parallelism.enable_async_tensor_parallel",
-            "--compile.enable",
-        ],
-        [
-            "--parallelism.tensor_parallel_degree=2",
-            "--model.converters=float8",
-            "--quantize.linear.float8.enable_fsdp_float8_all_gather",
-        ],
         ["--parallelism.context_parallel_degree=2"],
         ["--fault_tolerance.enable"],
         ["--memory_estimation.enabled"],
