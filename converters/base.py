@@ -41,6 +41,10 @@ class ConverterContext:
     tp_degree: int = 1
     dp_shard_degree: int = 1
     compile_model: bool = False
+    layer_group: Any = None
+    """Process group of the ranks that hold the same layers; all ranks when unset (no pipeline)."""
+    stage_group: Any = None
+    """Process group of the ranks that hold the other pipeline stages; unset without a pipeline."""
     roles: Mapping[str, str] = field(default_factory=dict)
     """The model's FQN pattern -> role table: ``columnwise`` linears split N under TP, ``rowwise`` ones K."""
 

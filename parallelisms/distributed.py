@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from parallelisms.config import CommConfig
 
@@ -65,15 +65,15 @@ def init_process_group(
     )
 
 
-def set_collective_timeout(mesh: DeviceMesh, seconds: int) -> None:
-    """Give every process group of `mesh` (and the world) another timeout.
+def set_collective_timeout(groups: Iterable[dist.ProcessGroup], seconds: int) -> None:
+    """Give every one of `groups` (and the world) another timeout.
 
     Step 1 waits for compilation and first allocations; afterwards a collective that takes long is a hang,
     so the trainer shortens the timeout once step 1 is over.
     """
     timeout = timedelta(seconds=seconds)
-    dist.barrier(device_ids=[torch.cuda.current_device()] if mesh.device_type == "cuda" else None)
-    groups = [mesh.get_group(axis) for axis in mesh.mesh_dim_names or ()]
+    on_gpus = dist.get_backend() != "gloo"
+    dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpus else None)
     for group in [*groups, None]:
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from parallelisms.config import ParallelismConfig
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+_LAYERS = "same_layers"
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,25 @@ class Mesh:
     data_group: ProcessGroup
     """The ranks that read different data: losses and token counts are summed over them, not the world,
     since the ranks of a ``tp`` group all hold the same."""
+
+    flattened: tuple[DeviceMesh, ...] = ()
+    """Joined axes that have a process group of their own."""
+
+    @property
+    def groups(self) -> list[ProcessGroup]:
+        """Every process group of the mesh that this rank is in."""
+        return [*(self.device_mesh.get_group(axis) for axis in AXES), *(m.get_group() for m in self.flattened)]
+
+    @property
+    def stage_group(self) -> ProcessGroup | None:
+        """The ranks that hold the other stages of this rank's pipeline; None where there is no pipeline."""
+        return self.device_mesh.get_group("pp") if self.degrees["pp"] > 1 else None
+
+    @property
+    def layer_group(self) -> ProcessGroup | None:
+        """The ranks that hold the same layers as this one; None where all ranks do."""
+        joined = [mesh for mesh in self.flattened if mesh.mesh_dim_names == (_LAYERS,)]
+        return joined[0].get_group() if joined else None
 
     @property
     def fsdp(self) -> DeviceMesh:
@@ -71,15 +91,21 @@ def build_mesh(config: ParallelismConfig, device_type: str, world_size: int) -> 
                 world_size //= degrees[axis]
         degrees["dp_shard"] = world_size
     mesh = init_device_mesh(device_type, tuple(degrees[axis] for axis in AXES), mesh_dim_names=AXES)
+    flattened = []
     if degrees["tp"] > 1:
         # The axes over which a gradient's norm is summed: DTensor finds them by this, and reduces once.
-        mesh["dp_shard", "tp"]._flatten("dp_shard_tp")
-    return Mesh(mesh, degrees, _data_group(mesh, degrees))
+        flattened.append(mesh["dp_shard", "tp"]._flatten("dp_shard_tp"))
+    if degrees["pp"] > 1:
+        flattened.append(mesh["dp_replicate", "dp_shard", "cp", "tp"]._flatten(_LAYERS))
+    data = _data_mesh(mesh, degrees)
+    if data.mesh_dim_names == ("dp",):
+        flattened.append(data)
+    return Mesh(mesh, degrees, data.get_group(), tuple(flattened))
 
 
-def _data_group(mesh: DeviceMesh, degrees: dict[str, int]) -> ProcessGroup:
+def _data_mesh(mesh: DeviceMesh, degrees: dict[str, int]) -> DeviceMesh:
     if degrees["dp_replicate"] == 1:
-        return mesh.get_group("dp_shard")
+        return mesh["dp_shard"]
     if degrees["dp_shard"] == 1:
-        return mesh.get_group("dp_replicate")
-    return mesh["dp_replicate", "dp_shard"]._flatten("dp").get_group()
+        return mesh["dp_replicate"]
+    return mesh["dp_replicate", "dp_shard"]._flatten("dp")

@@ -199,6 +199,21 @@ def _modules_by_role(model: nn.Module, roles: Mapping[str, str]) -> list[tuple[s
     return found
 
 
+def check_roles(model: nn.Module, roles: Mapping[str, str]) -> None:
+    """Raise where a pattern of `roles` matches no module of the whole `model`.
+
+    Raises:
+        ValueError: with the nearest name.
+    """
+    _modules_by_role(model, roles)
+
+
+def roles_within(model: nn.Module, roles: Mapping[str, str]) -> dict[str, str]:
+    """The part of a role table that concerns a pipeline stage: patterns that match something in it."""
+    names = [fqn for fqn, _ in model.named_modules()]
+    return {pattern: role for pattern, role in roles.items() if any(matches(pattern, fqn) for fqn in names)}
+
+
 def _plain_style(role: str) -> ParallelStyle:
     if role == "embedding":
         return RowwiseParallel(input_layouts=Replicate(), output_layouts=SEQUENCE)

@@ -1,10 +1,10 @@
 """From a configuration to a model that can train: the one order, as code.
 
-    model on meta -> converters -> tensor parallel -> activation checkpointing
+    model on meta -> converters -> pipeline stages -> tensor parallel -> activation checkpointing
     -> compile per block -> FSDP2 -> materialise
 
 Each line below is one step and returns what it did; the order is part of the design. Converters come first
-because they swap modules; tensor parallelism splits the modules that are then there; checkpointing wraps a
+because they swap modules, and see the whole model before it is cut into stages; tensor parallelism splits the modules that are then there; checkpointing wraps a
 block's forward before the compiler sees it; FSDP comes last because it shards what the others made.
 """
 
@@ -24,7 +24,15 @@ from parallelisms.activation_checkpoint import apply_activation_checkpoint
 from parallelisms.compile import apply_compile
 from parallelisms.fsdp import apply_fsdp
 from parallelisms.mesh import Mesh
-from parallelisms.tensor_parallel import apply_async_tensor_parallel, apply_tensor_parallel
+from parallelisms.pipeline_parallel import Activations, cut, merged
+from parallelisms.pipeline_stages import StageLayout, outside_blocks, stage_layout
+from parallelisms.tensor_parallel import (
+    apply_async_tensor_parallel,
+    apply_tensor_parallel,
+    check_roles,
+    roles_within,
+)
+from trainer.checkpoint.state import model_tensors
 from trainer.config.checks import model_config
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.job import JobConfig
@@ -37,6 +45,17 @@ class BuiltModel:
     """A model ready to train, and what was done to it."""
 
     model: nn.Module
+    """All that this rank holds, under the FQNs of the whole model."""
+    parts: list[nn.Module]
+    """What runs: the model itself, or one module for each pipeline stage of this rank."""
+    stages: StageLayout | None
+    """Where the parts belong; None without a pipeline."""
+    activations: Activations
+    """What travels between stages."""
+    fqns: frozenset[str]
+    """FQNs of all parameters and persistent buffers of the whole model, on whatever stage they are."""
+    wants_documents: bool
+    """Whether `forward` is to be given document_ids."""
     converters: list[Converter]
     reports: list[ConversionReport]
     flop_inputs: FlopInputs
@@ -45,7 +64,7 @@ class BuiltModel:
 
 
 def build_model(config: JobConfig, mesh: Mesh, device: torch.device, seed: int) -> BuiltModel:
-    """Build, convert, wrap and initialise the model of `config`.
+    """Build, convert, cut, wrap and initialise the model of `config`.
 
     Raises:
         ConfigError: a converter cannot work with these settings.
@@ -54,11 +73,51 @@ def build_model(config: JobConfig, mesh: Mesh, device: torch.device, seed: int) 
     sizes = model_config(config)
     with torch.device("meta"):
         model = spec.build(sizes).to(DTYPES[config.training.dtype])
+    fqns = frozenset(model_tensors(model))
+    activations = _activations(model, config, mesh)
     converters, reports = _convert(model, config, mesh, device)
-    notes = [
+    parts, stages, notes = [model], None, []
+    if mesh.degrees["pp"] > 1:
+        check_roles(model, spec.roles)
+        stages = stages_of(config)
+        parts = cut(model, spec.blocks, stages, mesh.device_mesh["pp"].get_local_rank())
+        schedule = config.parallelism.pipeline_parallel_schedule
+        notes.append(f"pipeline: {schedule}, {stages.count} stages: {stages.describe()}")
+    for part in parts:
+        notes += _wrap(part, config, mesh, device, converters)
+        _materialise(part, torch.device("cpu") if offloads(config, device) else device, device, seed)
+    return BuiltModel(
+        model=merged(parts, spec.blocks),
+        parts=parts,
+        stages=stages,
+        activations=activations,
+        fqns=fqns,
+        wants_documents=getattr(sizes, "attn_mask_type", "causal") == "document",
+        converters=converters,
+        reports=reports,
+        flop_inputs=spec.flop_inputs(sizes),
+        notes=[note for note in notes if note],
+    )
+
+
+def stages_of(config: JobConfig) -> StageLayout:
+    """The pipeline stages of a checked configuration."""
+    spec = MODELS[config.model.name]
+    before, after = outside_blocks(spec.roles)
+    n_layers = spec.flop_inputs(model_config(config)).n_layers
+    return stage_layout(config.parallelism, n_layers, blocks=spec.blocks, before=before, after=after)
+
+
+def _wrap(
+    model: nn.Module, config: JobConfig, mesh: Mesh, device: torch.device, converters: list[Converter]
+) -> list[str]:
+    """Everything between conversion and memory, for the model or one stage of it; returns what was done."""
+    spec = MODELS[config.model.name]
+    roles = roles_within(model, spec.roles) if mesh.degrees["pp"] > 1 else spec.roles
+    return [
         apply_tensor_parallel(
             model,
-            spec.roles,
+            roles,
             mesh.device_mesh["tp"],
             style_for=partial(_converter_style, converters),
             loss_parallel=not config.parallelism.disable_loss_parallel,
@@ -80,12 +139,28 @@ def build_model(config: JobConfig, mesh: Mesh, device: torch.device, seed: int) 
             mesh.fsdp,
             param_dtype=DTYPES[config.training.mixed_precision_param],
             reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
-            reshard_after_forward=config.parallelism.fsdp_reshard_after_forward != "never",
+            reshard_after_forward=_reshards(config),
             cpu_offload=offloads(config, device),
         ),
     ]
-    _materialise(model, torch.device("cpu") if offloads(config, device) else device, device, seed)
-    return BuiltModel(model, converters, reports, spec.flop_inputs(sizes), [note for note in notes if note])
+
+
+def _reshards(config: JobConfig) -> bool:
+    """Whether gathered weights are freed after forward; by default not in a pipeline, which gathers them
+    once for all micro-batches instead of once for each."""
+    policy = config.parallelism.fsdp_reshard_after_forward
+    return policy == "always" or (policy == "default" and config.parallelism.pipeline_parallel_degree == 1)
+
+
+def _activations(model: nn.Module, config: JobConfig, mesh: Mesh) -> Activations:
+    """What travels between the stages of `model`, still whole."""
+    roles = {str(role.value): fqn for fqn, role in MODELS[config.model.name].roles.items() if "*" not in fqn}
+    return Activations(
+        width=model.get_submodule(roles["embedding"]).weight.shape[1],  # type: ignore[union-attr,index]
+        vocabulary=model.get_submodule(roles["output"]).weight.shape[0],  # type: ignore[union-attr,index]
+        dtype=DTYPES[config.training.mixed_precision_param],
+        sequence_parts=mesh.degrees["tp"],
+    )
 
 
 def offloads(config: JobConfig, device: torch.device) -> bool:
@@ -103,6 +178,8 @@ def _convert(
         dp_shard_degree=mesh.degrees["dp_shard"],
         compile_model=config.compile.enable and "model" in config.compile.components,
         roles=MODELS[config.model.name].roles,
+        layer_group=mesh.layer_group,
+        stage_group=mesh.stage_group,
     )
     converters, reports = [], []
     for name in config.model.converters:

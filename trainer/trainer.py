@@ -2,8 +2,8 @@
 
     loaded config -> 1 processes -> 2 run folder -> 3 data -> 4 model -> 5 optimizer -> 6 metrics -> train()
 
-Everything that a step does is in `train_step` and `forward_backward`; what happens around steps (logging,
-validation, garbage collection, profiling) is in `train`.
+Everything that a step does is in `train_step`, what one batch does in `trainer.forward`; what happens around
+steps (logging, validation, garbage collection, profiling) is in `train`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from parallelisms.distributed import (
     set_deterministic,
     shared_seed,
 )
-from parallelisms.fsdp import set_replica_all_reduce
 from parallelisms.mesh import build_mesh
 from trainer import startup
 from trainer.build import build_model, offloads
@@ -40,6 +39,7 @@ from trainer.config.load import Loaded
 from trainer.config.render import as_json
 from trainer.data.loader import Batch, DataLoader, build_dataloader
 from trainer.data.tokenizer import build_tokenizer
+from trainer.forward import Forward
 from trainer.loss import cross_entropy_sum
 from trainer.metrics.flops import flops_per_token
 from trainer.metrics.logger import MetricsLogger
@@ -99,6 +99,7 @@ class Trainer:
         self.loss_fn = cross_entropy_sum
         if config.compile.enable and "loss" in config.compile.components:
             self.loss_fn = torch.compile(cross_entropy_sum, backend=config.compile.backend)
+        self.forward = Forward(config, built, self.mesh, self.device, self.loss_fn)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, config.training.steps)
 
@@ -109,6 +110,7 @@ class Trainer:
             self.lr_scheduler,
             self.data,
             self.converters,
+            built.fqns,
             self.seed,
             rank.rank,
             rank.world_size,
@@ -157,7 +159,7 @@ class Trainer:
                     with metrics.excluded("checkpoint"):
                         self.checkpoints.save(self.state, self.step, self.tokens_seen)
                 if self.step == first_step:
-                    set_collective_timeout(self.mesh.device_mesh, config.comm.train_timeout_seconds)
+                    set_collective_timeout(self.mesh.groups, config.comm.train_timeout_seconds)
                 if self.step % config.training.gc_freq == 0:
                     self._collect_garbage()
             with metrics.excluded("checkpoint"):
@@ -173,11 +175,12 @@ class Trainer:
         valid = self._sum_over_data_ranks(torch.tensor(float(valid_here), device=self.device))
         loss = torch.zeros((), device=self.device)
         for index, batch in enumerate(micro_batches, 1):
-            set_replica_all_reduce(self.model, index == len(micro_batches))
-            loss += self.forward_backward(batch, valid)
+            loss += self.forward.forward_backward(batch, valid, last=index == len(micro_batches))
         for converter in self.converters:
             converter.after_backward(self.model)
-        grad_norm = clip_grad_norm(self.model.parameters(), self.config.training.max_norm)
+        grad_norm = clip_grad_norm(
+            self.model.parameters(), self.config.training.max_norm, self.mesh.stage_group
+        )
         lr = self.lr_scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -192,17 +195,6 @@ class Trainer:
         for converter in self.converters:
             self.metrics.log_scalars(self.step, converter.metrics(self.model))
 
-    def forward_backward(self, batch: Batch, valid: Tensor) -> Tensor:
-        """This micro-batch's share of the step's loss (a scalar, detached); gradients are added."""
-        tokens = batch.tokens.to(self.device, non_blocking=True)
-        labels = batch.labels.to(self.device, non_blocking=True)
-        logits = self.model(tokens, self._document_ids(batch))
-        loss = self.loss_fn(logits, labels) / valid
-        del logits  # freed before backward allocates its own
-        loss.backward()
-        return loss.detach()
-
-    @torch.no_grad()
     def validate(self) -> None:
         """Mean loss over the validation set, or over its first `validation.steps` batches."""
         with self.metrics.excluded("validation"):
@@ -213,10 +205,10 @@ class Trainer:
             for index, batch in enumerate(data):
                 if index == limit:
                     break
-                logits = self.model(batch.tokens.to(self.device), self._document_ids(batch))
-                totals[0] += self.loss_fn(logits, batch.labels.to(self.device))
+                totals[0] += self.forward.evaluate(batch)
                 totals[1] += batch.label_count
             data.close()
+            self.forward.on_all_stages(totals[:1])
             totals = self._sum_over_data_ranks(totals)
             loss = float(totals[0] / totals[1])
             self.model.train()
@@ -246,12 +238,8 @@ class Trainer:
             dist.all_reduce(values, group=self.mesh.data_group)
         return values
 
-    def _document_ids(self, batch: Batch) -> Tensor | None:
-        if getattr(self.model.config, "attn_mask_type", "causal") != "document":  # type: ignore[union-attr]
-            return None
-        return batch.document_ids.to(self.device, non_blocking=True)
-
     def _log_step(self, loss: Tensor, own_mean_loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        loss, own_mean_loss = self.forward.on_all_stages(torch.stack([loss, own_mean_loss]))
         total = self._sum_over_data_ranks(loss.clone())
         if self.batch.dp_degree > 1:
             dist.all_reduce(own_mean_loss, dist.ReduceOp.MAX, group=self.mesh.data_group)

@@ -205,7 +205,7 @@ class Float8Converter(Converter):
         if self.config.uses_delayed_scaling:
             layers = delayed_layers(model)
             if layers:
-                sync_float8_amax_and_scale_history(model, layers.values())
+                sync_float8_amax_and_scale_history(model, layers.values(), group=self.context.layer_group)
 
     def after_optimizer_step(self, model: nn.Module) -> None:
         """Compute the weights' scales for the next step's float8 all-gathers."""
@@ -213,10 +213,13 @@ class Float8Converter(Converter):
             precompute_float8_dynamic_scale_for_fsdp(model)
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        """Health of every float8 layer on steps that collected it; of the last micro-batch, on this rank."""
+        """Health of every float8 layer on steps that collected it; of the last micro-batch, on this rank.
+
+        Of all stages of a pipeline: layers lie on the ranks of `stage_group`.
+        """
         if not self._collected:
             return {}
-        return stats.collect(dict(self._layers(model)))
+        return stats.collect(dict(self._layers(model)), self.context.stage_group)
 
     def state_dict(self, model: nn.Module) -> dict[str, Any]:
         """Delayed scaling's amaxes, scales and histories."""

@@ -10,7 +10,10 @@ They cost a few passes over the tensor and run only on logged steps.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from converters.float8.fsdp import weight_before_gather
@@ -54,14 +57,20 @@ def record_gathered_weight(layer: nn.Module) -> None:
         layer.float8_stats_weight.copy_(health(*found))  # type: ignore[operator, union-attr]
 
 
-def collect(layers: dict[str, nn.Module]) -> dict[str, float]:
-    """All layers' numbers as tag -> value, and the worst of each kind over the layers."""
-    if not layers:
-        return {}
-    slots = [getattr(layer, f"float8_stats_{tensor}") for layer in layers.values() for tensor in TENSORS]
-    table = torch.stack(slots).reshape(len(layers), len(TENSORS), len(FIELDS)).tolist()  # one transfer
+def collect(layers: dict[str, nn.Module], stages: dist.ProcessGroup | None = None) -> dict[str, float]:
+    """All layers' numbers as tag -> value, and the worst of each kind over the layers.
+
+    Args:
+        layers: Float8 layers of this rank, by FQN.
+        stages: Ranks that hold the other layers of the model; None where this one holds all.
+    """
+    table = _table(layers)
+    if stages is not None:
+        tables: list[Any] = [None] * dist.get_world_size(stages)
+        dist.all_gather_object(tables, table, group=stages)
+        table = {fqn: rows for each in tables for fqn, rows in each.items()}
     tags: dict[str, float] = {}
-    for fqn, rows in zip(layers, table, strict=True):
+    for fqn, rows in table.items():
         for tensor, row in zip(TENSORS, rows, strict=True):
             if row[0] > 0:  # a tensor of zeros, or one that no GEMM cast, has nothing to say
                 tags.update({f"float8/{fqn}/{tensor}/{name}": v for name, v in zip(FIELDS, row, strict=True)})
@@ -71,3 +80,12 @@ def collect(layers: dict[str, nn.Module]) -> dict[str, float]:
             if values:
                 tags[f"float8/worst/{tensor}/{name}"] = worst(values)
     return tags
+
+
+def _table(layers: dict[str, nn.Module]) -> dict[str, list[list[float]]]:
+    """FQN -> the FIELDS of each of TENSORS."""
+    if not layers:
+        return {}
+    slots = [getattr(layer, f"float8_stats_{tensor}") for layer in layers.values() for tensor in TENSORS]
+    rows = torch.stack(slots).reshape(len(layers), len(TENSORS), len(FIELDS)).tolist()  # one transfer
+    return dict(zip(layers, rows, strict=True))

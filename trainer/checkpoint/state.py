@@ -42,6 +42,8 @@ class RunState:
     lr_scheduler: LambdaLR
     data: DataLoader
     converters: list[Converter]
+    fqns: frozenset[str]
+    """FQNs of the whole model's tensors, also of those on other pipeline stages."""
     seed: int
     rank: int
     world_size: int
@@ -114,9 +116,9 @@ class RunState:
             CheckpointError: they are of another model.
         """
         mine = {f"model.{fqn}": tensor for fqn, tensor in model_tensors(self.model).items()}
-        extra = sorted(f"model.{fqn}" for fqn in manifest.under("model") if f"model.{fqn}" not in mine)
+        extra = sorted(set(manifest.under("model")) - self.fqns)
         if extra:
-            raise CheckpointError(f"has {extra[0]}, which this model has not")
+            raise CheckpointError(f"has model.{extra[0]}, which this model has not")
         read_tensors(folder, manifest, mine)
 
     def _load_optimizer(self, folder: Path, manifest: Manifest) -> None:
@@ -128,8 +130,10 @@ class RunState:
         targets: dict[str, Tensor] = {}
         for name in manifest.under("optimizer"):
             fqn, _, field = name.rpartition(".")
-            if fqn not in trained:
+            if fqn not in self.fqns:
                 raise CheckpointError(f"has moments of {fqn}, which this model has not")
+            if fqn not in trained:
+                continue  # it is on another pipeline stage
             key = f"optimizer.{name}"
             if manifest.tensors[key].shape == tuple(plain[fqn].shape):
                 value = torch.zeros_like(plain[fqn])
@@ -144,8 +148,13 @@ class RunState:
 
     def _load_converters(self, folder: Path, manifest: Manifest) -> None:
         saved = {name.partition(".")[0] for name in manifest.under("converter")}
+        elsewhere = {fqn.rpartition(".")[0] for fqn in self.fqns - set(model_tensors(self.model))}
         for converter in self.converters:
-            keys = manifest.under(f"converter.{converter.name}")
+            keys = [
+                key
+                for key in manifest.under(f"converter.{converter.name}")
+                if key.rpartition(".")[0] not in elsewhere
+            ]
             mine = converter.state_dict(self.model)
             if bool(keys) != bool(mine):
                 fate = "starts anew" if mine else "is not needed any more"

@@ -17,6 +17,7 @@ from converters import CONVERTERS
 from models import MODELS
 from trainer.config.errors import Problem, unknown
 from trainer.config.load import Loaded
+from trainer.config.pipeline_checks import pipeline_problems, pipeline_warnings
 from trainer.data.datasets import DATASETS
 
 ABSENT: dict[str, str] = {
@@ -145,10 +146,8 @@ def _parallel_problems(loaded: Loaded) -> Iterator[Problem]:
         if tp > 1 and getattr(model, name) % tp:
             message = f"{tp} does not divide {name} = {getattr(model, name)} of {config.model.flavor}"
             yield loaded.problem("parallelism.tensor_parallel_degree", message)
-    pp = p.pipeline_parallel_degree
-    if pp > model.n_layers:
-        message = f"{pp} stages for {model.n_layers} layers; allowed: at most one stage per layer"
-        yield loaded.problem("parallelism.pipeline_parallel_degree", message)
+    if not spec.problems(model):
+        yield from pipeline_problems(loaded, spec.flop_inputs(model))
 
 
 def _combination_problems(loaded: Loaded) -> Iterator[Problem]:
@@ -210,7 +209,6 @@ def unavailable(loaded: Loaded) -> list[Problem]:
     p = c.parallelism
     wishes: list[tuple[str, bool, str]] = [
         ("parallelism.context_parallel_degree", p.context_parallel_degree > 1, "context parallelism"),
-        ("parallelism.pipeline_parallel_degree", p.pipeline_parallel_degree > 1, "pipeline parallelism"),
         ("checkpoint.last_save_in_hf", c.checkpoint.last_save_in_hf, "export to Hugging Face's format"),
         ("checkpoint.initial_load_in_hf", c.checkpoint.initial_load_in_hf, "loading Hugging Face's format"),
         (
@@ -255,10 +253,10 @@ def warnings(loaded: Loaded) -> list[str]:
         found.append(
             f"lr_scheduler.warmup_steps {c.lr_scheduler.warmup_steps} is cut to the length of the run"
         )
-    for axis in ("pipeline", "context"):
-        if getattr(c.parallelism, f"{axis}_parallel_degree") == 1:
-            keys = _changed(loaded, f"parallelism.{axis}_parallel_")
-            found += [f"{key} has no effect: {axis}_parallel_degree is 1" for key in keys]
+    found += pipeline_warnings(loaded, _changed(loaded, "parallelism."))
+    if c.parallelism.context_parallel_degree == 1:
+        keys = _changed(loaded, "parallelism.context_parallel_")
+        found += [f"{key} has no effect: context_parallel_degree is 1" for key in keys]
     if c.parallelism.enable_async_tensor_parallel and c.parallelism.tensor_parallel_degree == 1:
         found.append("parallelism.enable_async_tensor_parallel has no effect: tensor_parallel_degree is 1")
     return found

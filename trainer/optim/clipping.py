@@ -11,27 +11,35 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 
-def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm(
+    parameters: Iterable[Tensor], max_norm: float, stages: dist.ProcessGroup | None = None
+) -> Tensor:
     """Scale all gradients so that their joint L2 norm is at most `max_norm` (0: leave them).
+
+    Args:
+        parameters: Those that this rank holds.
+        max_norm: Largest norm.
+        stages: Ranks that hold the other parameters of the model; None where this one holds all.
 
     Returns:
         The norm before clipping: an fp32 scalar on the device, the same on every rank; reading it is the
         caller's only synchronisation with the device.
     """
     parameters = [p for p in parameters if p.grad is not None]
-    norm = total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = total_norm([p.grad for p in parameters if p.grad is not None], stages)
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
-def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """L2 norm of all tensors together; sharded ones may lie on different meshes."""
+def total_norm(tensors: Iterable[Tensor], stages: dist.ProcessGroup | None = None) -> Tensor:
+    """L2 norm of all tensors together, and of those of other `stages`; meshes of sharded ones may differ."""
     groups: dict[DeviceMesh | None, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         groups[tensor.device_mesh if isinstance(tensor, DTensor) else None].append(tensor)
@@ -40,4 +48,9 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
         each = torch._foreach_norm(group, 2.0, torch.float64 if group[0].device.type == "cpu" else None)
         together = torch.linalg.vector_norm(torch.stack(each))
         norms.append(together.full_tensor() if isinstance(together, DTensor) else together)
-    return torch.linalg.vector_norm(torch.stack(norms)).float()
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    if stages is not None:
+        squares = norm.square()
+        dist.all_reduce(squares, group=stages)
+        norm = squares.sqrt()
+    return norm.float()

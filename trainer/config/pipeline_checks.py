@@ -1,0 +1,101 @@
+"""Checks of the settings of pipeline parallelism against each other, the model and the batch. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from models import MODELS
+from parallelisms.pipeline_schedules import (
+    FROM_FILE,
+    SCHEDULES,
+    StageError,
+    microbatch_problems,
+    splits_backward,
+)
+from parallelisms.pipeline_stages import outside_blocks, stage_layout
+from trainer.config.errors import Problem
+from trainer.config.load import Loaded
+
+_KEY = "parallelism.pipeline_parallel_"
+
+
+def pipeline_problems(loaded: Loaded, flops: object) -> Iterator[Problem]:
+    """What keeps the pipeline of a configuration from being built; nothing where there is none.
+
+    Args:
+        loaded: With a known model and flavor.
+        flops: The model's `FlopInputs`.
+    """
+    p, c = loaded.config.parallelism, loaded.config
+    degree, name = p.pipeline_parallel_degree, p.pipeline_parallel_schedule
+    n_layers: int = flops.n_layers  # type: ignore[attr-defined]
+    if degree == 1:
+        return
+    if flops.tied_output:  # type: ignore[attr-defined]
+        message = (
+            f"the output of {c.model.flavor} is tied to its embedding: one weight, which the first and the last\n"
+            "  stage would both need; untie it (model.overrides.tied_output = false) or set the degree to 1"
+        )
+        yield loaded.problem(f"{_KEY}degree", message)
+    if degree > n_layers:
+        message = f"{degree} stages for {n_layers} layers; allowed: at most one stage per layer"
+        yield loaded.problem(f"{_KEY}degree", message)
+        return
+    if name not in SCHEDULES and name != FROM_FILE:
+        known = ", ".join([*SCHEDULES, FROM_FILE])
+        yield loaded.problem(f"{_KEY}schedule", f"{name} is a base class and no order; allowed: {known}")
+        return
+    if p.pipeline_parallel_schedule_csv and name != FROM_FILE:
+        message = f"is read by {FROM_FILE} alone, the schedule is {name}"
+        yield loaded.problem(f"{_KEY}schedule_csv", message)
+    try:
+        spec = MODELS[c.model.name]
+        before, after = outside_blocks(spec.roles)
+        layout = stage_layout(p, n_layers, blocks=spec.blocks, before=before, after=after)
+        yield from _schedule_problems(loaded, layout.count)
+    except StageError as error:
+        yield loaded.problem(f"parallelism.{error.key}", str(error))
+
+
+def _schedule_problems(loaded: Loaded, stages: int) -> Iterator[Problem]:
+    p, c = loaded.config.parallelism, loaded.config
+    name = p.pipeline_parallel_schedule
+    for message in microbatch_problems(p, stages, c.training.local_batch_size):
+        yield loaded.problem(f"{_KEY}microbatch_size", message)
+    if not splits_backward(p):
+        return
+    if c.compile.enable and "model" in c.compile.components:
+        message = (
+            f"{name} computes the gradients of inputs and of weights apart, a compiled block gives both at once;\n"
+            "  take Interleaved1F1B, or leave 'model' out of compile.components"
+        )
+        yield loaded.problem(f"{_KEY}schedule", message)
+    if p.fsdp_reshard_after_forward == "always":
+        message = f"'always' frees weights that {name} needs for the two halves of backward; allowed: default, never"
+        yield loaded.problem("parallelism.fsdp_reshard_after_forward", message)
+
+
+def pipeline_warnings(loaded: Loaded, changed: list[str]) -> Iterator[str]:
+    """Settings of a pipeline that change nothing, or that leave ranks idle.
+
+    Args:
+        loaded: A checked configuration.
+        changed: Keys of the parallelism section that are not at their default.
+    """
+    p = loaded.config.parallelism
+    if p.pipeline_parallel_degree == 1:
+        idle = [key for key in changed if key.startswith(_KEY) or key.endswith("module_fqns_per_model_part")]
+        yield from (f"{key} has no effect: pipeline_parallel_degree is 1" for key in idle)
+        return
+    if not p.pipeline_parallel_expert_parallel_overlap:
+        yield f"{_KEY}expert_parallel_overlap has no effect: the model has no experts"
+    if p.module_fqns_per_model_part is not None:
+        for part in ("first_stage_less_layers", "last_stage_less_layers", "layers_per_stage"):
+            if f"{_KEY}{part}" in changed:
+                yield f"{_KEY}{part} has no effect: parallelism.module_fqns_per_model_part says what a stage has"
+    count = loaded.config.training.local_batch_size // p.pipeline_parallel_microbatch_size
+    if count < p.pipeline_parallel_degree:
+        yield (
+            f"{count} micro-batches for {p.pipeline_parallel_degree} pipeline ranks: some always wait; "
+            "raise training.local_batch_size or lower pipeline_parallel_microbatch_size"
+        )
