@@ -61,7 +61,8 @@ def apply_activation_checkpoint(
         )
         return f"activation checkpointing: per op, in {len(named)} of {len(named)} blocks"
     every = 1 if config.mode == "full" else int(config.selective_ac_option)
-    chosen = [block for index, (_, block) in enumerate(named, 1) if index % every == 0]
+    # By the layer's number and not its place in the list, so that short pipeline stages get their share.
+    chosen = [block for fqn, block in named if (int(fqn.rpartition(".")[2]) + 1) % every == 0]
     _wrap(chosen, config, None)
     return f"activation checkpointing: {len(chosen)} of {len(named)} blocks recomputed"
 

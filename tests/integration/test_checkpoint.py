@@ -175,11 +175,16 @@ def test_a_checkpoint_loads_under_any_layout(tmp_path):
     assert check_layouts(tmp_path, {1: ["one"], 2: two}, {1: ["one"], 2: two}) == 16
 
 
+def test_a_checkpoint_moves_into_a_pipeline_and_out_of_it(tmp_path):
+    """The same, for stages: names are those of the whole model."""
+    assert check_layouts(tmp_path, {1: ["one"], 2: ["pp2"]}, {1: ["one"], 2: ["pp2_v"]}) == 4
+
+
 @pytest.mark.slow
 def test_a_checkpoint_loads_under_any_layout_of_four(tmp_path):
-    four = ["fsdp2_tp2", "hsdp2x2"]
+    four = ["fsdp2_tp2", "hsdp2x2", "pp2_fsdp2"]
     makers = {1: ["one"], 2: ["fsdp2", "tp2"], 4: four}
-    assert check_layouts(tmp_path, makers, {1: ["one"], 2: ["fsdp2", "ddp2"], 4: four}) == 25
+    assert check_layouts(tmp_path, makers, {1: ["one"], 2: ["fsdp2", "ddp2"], 4: four}) == 36
 
 
 def test_the_command_lists_verifies_shows_and_prunes(tmp_path, capsys):

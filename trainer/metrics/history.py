@@ -54,7 +54,8 @@ def read_history(run: Path) -> RunHistory:
             rows = {key: value for key, value in rows.items() if key < step}
             validation_rows = {key: value for key, value in validation_rows.items() if key < step}
         last_step = step
-        (validation_rows if "validation_loss" in row else rows)[step] = row
+        kept = validation_rows if "validation_loss" in row else rows
+        kept[step] = {**kept.get(step, {}), **row}  # converters write rows of their own for a logged step
     if not rows and not validation_rows:
         raise ValueError(f"{path}: no metrics in this file yet")
     name = path.parent.resolve().name if path.name == METRICS_FILE else path.stem

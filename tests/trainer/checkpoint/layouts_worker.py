@@ -33,6 +33,15 @@ LAYOUTS = {
     "ddp2": ["--parallelism.data_parallel_replicate_degree=2"],
     "tp2": ["--parallelism.tensor_parallel_degree=2"],
     "fsdp2_tp2": ["--parallelism.tensor_parallel_degree=2"],
+    "pp2": ["--parallelism.pipeline_parallel_degree=2"],
+    "pp2_v": [
+        "--parallelism.pipeline_parallel_degree=2",
+        "--parallelism.pipeline_parallel_schedule=ZBVZeroBubble",
+    ],
+    "pp2_fsdp2": [
+        "--parallelism.pipeline_parallel_degree=2",
+        "--parallelism.pipeline_parallel_schedule=Interleaved1F1B",
+    ],
     "hsdp2x2": ["--parallelism.data_parallel_replicate_degree=2"],
 }
 FLAGS = [
@@ -76,7 +85,9 @@ def state_hashes(trainer):
         if not key.startswith("rng."):
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             digests[key] = hashlib.sha256(whole.detach().contiguous().numpy().tobytes()).hexdigest()
-    return digests
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, digests)
+    return {key: digest for each in everyone for key, digest in each.items()}  # of all pipeline stages
 
 
 def main():

@@ -62,6 +62,14 @@ def test_rows_that_a_resumed_run_went_back_behind_are_dropped(tmp_path):
     assert history.curve("validation_loss") == ([], [])
 
 
+def test_rows_of_one_step_are_one_row(tmp_path):
+    """A converter writes a row of its own for a logged step."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "float8/x": 3.0}\n')
+    history = read_history(tmp_path)
+    assert (list(history.curve("loss")[1]), list(history.curve("float8/x")[1])) == ([2.0], [3.0])
+
+
 def test_a_line_that_is_being_written_and_a_torn_one_are_left_out(tmp_path):
     run = write_run(tmp_path / "a", [row(1), {"torn_line": '{"st'}, row(5), '{"step": 10, "lo'])
     assert read_history(run).curve("loss")[0] == [1, 5]
