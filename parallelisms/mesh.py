@@ -33,7 +33,10 @@ class Mesh:
     @property
     def groups(self) -> list[ProcessGroup]:
         """Every process group of the mesh that this rank is in."""
-        return [*(self.device_mesh.get_group(axis) for axis in AXES), *(m.get_group() for m in self.flattened)]
+        return [
+            *(self.device_mesh.get_group(axis) for axis in AXES),
+            *(m.get_group() for m in self.flattened),
+        ]
 
     @property
     def stage_group(self) -> ProcessGroup | None:

@@ -8,11 +8,11 @@ Stages and schedules are those of torch.distributed.pipelining; what each rank h
 
 - `cut` makes the parts of a rank from the whole model, and `merged` shows them as one module whose FQNs are
   the whole model's: optimizer, converters and checkpoints need not know that there are stages;
-- `Pipeline.forward_backward` runs a schedule over the micro-batches of one local batch. Shapes are declared
-  and not found out by a trial run, which would be a forward pass that training does not know of;
+- `Pipeline.forward_backward` runs a schedule over the micro-batches of a local batch. Shapes are declared,
+  not found out by a trial run, which would be a forward pass that training does not know of;
 - `Pipeline.evaluate` runs forward only, of any batch size: stage by stage, each passing its micro-batches on.
 
-The loss is on the ranks of the last stage alone; elsewhere it is 0, so a sum over the ``pp`` axis is the loss.
+The loss is on the ranks of the last stage alone and 0 elsewhere: a sum over the ``pp`` axis gives it to all.
 
 FSDP2 and a schedule: gradients stay whole on the stage until its last micro-batch, and are then
 reduce-scattered once; with accumulation over several local batches, after the last of these.
@@ -167,12 +167,15 @@ class Pipeline:
     def evaluate(self, tokens: Tensor, labels: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
         """Sum of `loss_fn` over the batch, forward only; 0 on ranks without the last stage.
 
-        Stages s .. s + p - 1 overlap as in GPipe. What crosses from one such row to the next (in a loop, from
-        the last rank to the first) is received as a whole before the row begins, so that two ranks which
-        send to each other always agree on the order.
+        Stages s .. s + p - 1 overlap as in GPipe. What crosses from one such row to the next (in a loop,
+        from the last rank to the first) is received as a whole before the row begins, so that two ranks
+        which send to each other always agree on the order.
         """
         size, p = self.config.pipeline_parallel_microbatch_size, self.group.size()
-        chunks = [dict(zip(extra, row, strict=True)) for row in zip(*(v.split(size) for v in extra.values()), strict=True)]
+        chunks = [
+            dict(zip(extra, row, strict=True))
+            for row in zip(*(v.split(size) for v in extra.values()), strict=True)
+        ]
         inputs, targets = list(tokens.split(size)), labels.split(size)
         total = torch.zeros((), device=tokens.device)
         local: list[Tensor] = []
@@ -208,7 +211,7 @@ class Pipeline:
         hidden, last = self.activations.hidden(chunk), self.layout.count - 1
         for index, part in self.parts.items():
             if isinstance(part, FSDPModule):
-                # A schedule may gather a unit before any forward ran, and the stage must be known as the root.
+                # A schedule may gather a unit before any forward, and FSDP must know the root by then.
                 fully_shard.state(part)._lazy_init()  # type: ignore[attr-defined]
             self._stages.append(
                 _Stage(
@@ -261,7 +264,7 @@ class _Stage(PipelineStage):
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """The weights' half of a backward, after which FSDP's hooks do not run."""
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
-        # As they would: micro-batches are added in the dtype of the reduction, not in the bf16 of the weights.
+        # As they would: micro-batches are added in the reduction's dtype, not in the bf16 of the weights.
         for fsdp_param in _fsdp_parameters(self.submod):
             fsdp_param.accumulate_unsharded_grad_if_needed()
             fsdp_param.to_accumulated_grad_if_needed()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from parallelisms.config import ParallelismConfig
 
+
 class StageError(ValueError):
     """Stages cannot be made like this; `key` is the setting to blame, within its section."""
 
@@ -85,7 +86,9 @@ def read_schedule(p: ParallelismConfig) -> list[list[Action]]:
         for cell in filter(None, row):
             match = re.fullmatch(r"(\d+)([FBIW])(\d+)", cell)
             if match is None:
-                raise StageError(key, f"{path}:{number}: got {cell!r}; allowed: cells such as 0F0, 1B0, 1I0, 1W0")
+                raise StageError(
+                    key, f"{path}:{number}: got {cell!r}; allowed: cells such as 0F0, 1B0, 1I0, 1W0"
+                )
             actions[-1].append(Action(int(match[1]), match[2], int(match[3])))
     if not any(actions):
         raise StageError(key, f"{path} has no actions")
@@ -106,11 +109,15 @@ def placed_stages(p: ParallelismConfig) -> list[tuple[int, int]]:
         for index in range(microbatches):
             done = {kind: counts[Action(stage, kind, index)] for kind in "FBIW"}
             if done not in ({"F": 1, "B": 1, "I": 0, "W": 0}, {"F": 1, "B": 0, "I": 1, "W": 1}):
-                message = f"{path}: stage {stage} needs {stage}F{index} and {stage}B{index} (or I and W), once each"
+                message = (
+                    f"{path}: stage {stage} needs {stage}F{index} and {stage}B{index} (or I and W), once each"
+                )
                 raise StageError(key, message)
     stuck = _stuck(rows, last_stage=len(placed) - 1)
     if stuck is not None:
-        raise StageError(key, f"{path}: {stuck.stage}{stuck.kind}{stuck.microbatch} waits for what never comes")
+        raise StageError(
+            key, f"{path}: {stuck.stage}{stuck.kind}{stuck.microbatch} waits for what never comes"
+        )
     return placed
 
 

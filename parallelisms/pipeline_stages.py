@@ -7,7 +7,7 @@ or several where the schedule interleaves them (Narayanan et al. 2021, arXiv 210
     V      there and back again             p = 2, 4 stages: rank 0 has 0 and 3, rank 1 has 1 and 2
 
 The automatic split counts the embedding as `first_stage_less_layers` layers and norm and output as
-`last_stage_less_layers`: all these "layers" are dealt out evenly, the earlier stages taking what is left over.
+`last_stage_less_layers`: all these "layers" are dealt out evenly, and earlier stages take what is left over.
 Modules keep the FQNs of the whole model: ``layers.7`` is ``layers.7`` on whatever stage it lies.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from parallelisms.config import ParallelismConfig
 from parallelisms.pipeline_schedules import FROM_FILE, SCHEDULES, StageError, placed_stages
@@ -100,7 +101,10 @@ def _stage_count(p: ParallelismConfig, n_layers: int) -> tuple[int, str]:
         return count, f"{count} stages"
     first, last = p.pipeline_parallel_first_stage_less_layers, p.pipeline_parallel_last_stage_less_layers
     count = -(-(n_layers + first + last) // per_stage)
-    return count, f"{n_layers} layers, {first} + {last} for embedding and output, {per_stage} a stage: {count} stages"
+    return (
+        count,
+        f"{n_layers} layers, {first} + {last} for embedding and output, {per_stage} a stage: {count} stages",
+    )
 
 
 def _automatic(
@@ -116,7 +120,7 @@ def _automatic(
     sizes[-1] -= last
     for place, size, less in (("first", sizes[0], first), ("last", sizes[-1], last)):
         if size < 0:
-            message = f"{less} is more than the {size + less} layers that a stage has ({len(layers)} layers, {count} stages)"
+            message = f"{less} is more than a stage has: {len(layers)} layers in {count} stages"
             raise StageError(f"{_PREFIX}{place}_stage_less_layers", message)
     parts, start = [], 0
     for stage, size in enumerate(sizes):
@@ -143,7 +147,7 @@ def _explicit(given: Sequence[Sequence[str]], whole: Sequence[str]) -> list[tupl
         raise StageError(key, f"part {[bool(part) for part in given].index(False)} is empty")
     place = {name: index for index, name in enumerate(whole)}
     parts = [tuple(sorted(part, key=place.__getitem__)) for part in given]
-    for earlier, later in zip(parts, parts[1:], strict=False):
+    for earlier, later in pairwise(parts):
         if place[earlier[-1]] > place[later[0]]:
             raise StageError(key, f"{later[0]} comes after {earlier[-1]}, but the model runs it before")
     return parts

@@ -4,8 +4,9 @@
     -> compile per block -> FSDP2 -> materialise
 
 Each line below is one step and returns what it did; the order is part of the design. Converters come first
-because they swap modules, and see the whole model before it is cut into stages; tensor parallelism splits the modules that are then there; checkpointing wraps a
-block's forward before the compiler sees it; FSDP comes last because it shards what the others made.
+because they swap modules, and see the whole model before it is cut into stages; tensor parallelism splits
+the modules that are then there; checkpointing wraps a block's forward before the compiler sees it; FSDP
+comes last because it shards what the others made.
 """
 
 from __future__ import annotations
@@ -146,8 +147,10 @@ def _wrap(
 
 
 def _reshards(config: JobConfig) -> bool:
-    """Whether gathered weights are freed after forward; by default not in a pipeline, which gathers them
-    once for all micro-batches instead of once for each."""
+    """Whether gathered weights are freed after forward.
+
+    By default not in a pipeline, which so gathers them once for all micro-batches and not for each.
+    """
     policy = config.parallelism.fsdp_reshard_after_forward
     return policy == "always" or (policy == "default" and config.parallelism.pipeline_parallel_degree == 1)
 

@@ -2,9 +2,9 @@
 
     batch -> on the device -> runner.forward_backward -> the batch's share of the step's loss, gradients added
 
-Every share is a sum of cross-entropies over the valid tokens of the whole step (`trainer.loss`), so shares of
-micro-batches, ranks and stages are simply added. Under pipeline parallelism the loss is on the ranks of the last
-stage and 0 elsewhere; `Forward.on_all_stages` gives it to all.
+Every share is a sum of cross-entropies over the valid tokens of the whole step (`trainer.loss`), so shares
+of micro-batches, ranks and stages are simply added. Under pipeline parallelism the loss is on the ranks of
+the last stage and 0 elsewhere; `Forward.on_all_stages` gives it to all.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ VALIDATE = [
 
 
 def test_pipelines_follow_one_process(tmp_path):
-    """Two schedules, with accumulation, unequal numbers of ignored labels, and validation of another shape."""
+    """Two schedules; accumulation, unequal numbers of ignored labels, validation of another shape."""
     work(tmp_path, 1, {"one": VALIDATE}, 6)
     runs = {name: [*pp(name), *VALIDATE] for name in ("1F1B", "ZBVZeroBubble")}
     outs = work(tmp_path, 2, runs, 6)
@@ -126,5 +126,114 @@ def test_four_ranks_follow_one_process(tmp_path):
     work(tmp_path, 1, {"one": [*deep, *VALIDATE]}, 20)
     runs = {name: [*pp(name, 4), *deep, *VALIDATE] for name in SCHEDULES}
     work(tmp_path, 4, runs, 20)
+    for name in runs:
+        compare(tmp_path, name, "one")
+
+
+@pytest.mark.slow
+def test_pipelines_of_shards_replicas_and_split_matrices(tmp_path):
+    """PP 2 x FSDP 2, x DDP 2 (accumulated), x TP 2: four processes."""
+    work(tmp_path, 1, {"one": VALIDATE}, 20)
+    layouts = {
+        "fsdp": [],
+        "always": ["--parallelism.fsdp_reshard_after_forward=always"],
+        "ddp": ["--parallelism.data_parallel_replicate_degree=2", "--training.local_batch_size=2"],
+        "fsdp_accumulated": ["--training.local_batch_size=2"],
+        "tp": ["--parallelism.tensor_parallel_degree=2"],
+    }
+    runs = {f"1F1B_{name}": pp("1F1B", 2, *VALIDATE, *flags) for name, flags in layouts.items()}
+    for name in ("fsdp", "fsdp_accumulated", "tp"):
+        runs[f"izb_{name}"] = pp("InterleavedZeroBubble", 2, *VALIDATE, *layouts[name])
+    runs["int_always"] = pp("Interleaved1F1B", 2, *VALIDATE, *layouts["always"])
+    runs["zbv_tp"] = pp("ZBVZeroBubble", 2, *VALIDATE, *layouts["tp"])
+
+    work(tmp_path, 4, runs, 20)
+    for name in runs:
+        mine, wanted = curves(tmp_path, name), curves(tmp_path, "one")
+        keys = ("loss", "grad_norm", "validation_loss") if name.endswith("tp") else ("loss", "grad_norm")
+        for key in keys:
+            assert mine[key] == pytest.approx(wanted[key], rel=1e-5), (name, key)
+
+
+@pytest.mark.slow
+def test_all_three_together(tmp_path):
+    """PP 2 x FSDP 2 x TP 2 in eight processes, compiled, and with full checkpointing."""
+    work(tmp_path, 1, {"one": []}, 8)
+    tp = "--parallelism.tensor_parallel_degree=2"
+    runs = {
+        "eager": pp("Interleaved1F1B", 2, tp),
+        "full": pp("1F1B", 2, tp, "--activation_checkpoint.mode=full"),
+        "compiled": pp("1F1B", 2, tp, "--compile.enable"),
+    }
+    work(tmp_path, 8, runs, 8)
+    for name in runs:
+        compare(tmp_path, name, "one", 1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_and_recomputed_pipelines(tmp_path):
+    per_op = ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"]
+    work(tmp_path, 1, {"one": []}, 6)
+    runs = {
+        "full": pp("1F1B", 2, "--activation_checkpoint.mode=full"),
+        "full_izb": pp("InterleavedZeroBubble", 2, "--activation_checkpoint.mode=full"),
+        "op": pp("Interleaved1F1B", 2, *per_op),
+        "compiled": pp("1F1B", 2, "--compile.enable", *per_op),
+        "compiled_loss": pp("ZBVZeroBubble", 2, "--compile.enable", "--compile.components=loss"),
+    }
+    work(tmp_path, 2, runs, 6)
+    for name in runs:
+        compare(tmp_path, name, "one")
+
+
+FLOAT8 = [
+    "--model.converters=float8",
+    "--quantize.linear.float8.emulate",
+    "--quantize.linear.float8.filter_fqns=output",
+    "--quantize.linear.float8.log_stats_freq=1",
+    "--training.local_batch_size=8",
+]
+DELAYED = [
+    *FLOAT8,
+    *(f"--quantize.linear.float8.scaling_type_{t}=delayed" for t in ("input", "weight", "grad_output")),
+]
+
+
+@pytest.mark.slow
+def test_float8_in_a_pipeline_is_float8_in_one_process(tmp_path):
+    """With the whole batch as one micro-batch all scales are the same, so all numbers are.
+
+    Delayed scales are synchronised among the ranks of a stage only; statistics are those of all stages.
+    """
+    whole = [f"{PP}microbatch_size=8"]
+    work(tmp_path, 1, {"dynamic": FLOAT8, "delayed": DELAYED}, 6)
+    runs = {
+        f"{kind}_{name}": pp(name, 2, *flags, *whole)
+        for kind, flags in {"dynamic": FLOAT8, "delayed": DELAYED}.items()
+        for name in ("GPipe", "ZBVZeroBubble")
+    }
+    outs = work(tmp_path, 2, runs, 6)
+    assert "float8: converted 28 of 29 linears" in outs[0]
+    for name in runs:
+        reference = name.partition("_")[0]
+        compare(tmp_path, name, reference, 1e-6)
+        mine, wanted = (read_history(tmp_path / run).rows[-1] for run in (name, reference))
+        tags = {key for key in wanted if key.startswith("float8/")}
+        assert len(tags) > 300
+        assert {key: mine[key] for key in tags} == pytest.approx({key: wanted[key] for key in tags}, rel=1e-5)
+
+
+def test_a_split_and_an_order_of_ones_own(tmp_path):
+    """Named modules for each stage, and a schedule from a file: GPipe's, written by hand."""
+    order = tmp_path / "order.csv"
+    order.write_text("0F0,0F1,0F2,0F3,,,0B0,0B1,0B2,0B3\n,1F0,1F1,1F2,1F3,1B0,1B1,1B2,1B3\n")
+    parts = [["tok_embeddings"], [*(f"layers.{i}" for i in range(4)), "norm", "output"]]
+    work(tmp_path, 1, {"one": []}, 3)
+    runs = {
+        "order": pp("PipelineScheduleMulti", 2, f"{PP}schedule_csv={order}"),
+        "parts": pp("1F1B", 2, f"--parallelism.module_fqns_per_model_part={json.dumps(parts)}"),
+    }
+    outs = work(tmp_path, 2, runs, 3)
+    assert "2 stages: tok_embeddings | layers.0-3, norm, output" in outs[0]
     for name in runs:
         compare(tmp_path, name, "one")

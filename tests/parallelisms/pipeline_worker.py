@@ -46,7 +46,9 @@ def main():
     for name, flags in runs:
         os.environ["MASTER_PORT"] = ports.pop()
         config = f"--job.config_file={REPO}/train_configs/debug_model.toml"
-        trainer = IgnoringTrainer(preflight([config, *flags, f"--job.dump_folder={folder / name}"], rank.world_size), rank)
+        trainer = IgnoringTrainer(
+            preflight([config, *flags, f"--job.dump_folder={folder / name}"], rank.world_size), rank
+        )
         trainer.train()
         dist.barrier()
         trainer.close()

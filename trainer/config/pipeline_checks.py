@@ -33,8 +33,8 @@ def pipeline_problems(loaded: Loaded, flops: object) -> Iterator[Problem]:
         return
     if flops.tied_output:  # type: ignore[attr-defined]
         message = (
-            f"the output of {c.model.flavor} is tied to its embedding: one weight, which the first and the last\n"
-            "  stage would both need; untie it (model.overrides.tied_output = false) or set the degree to 1"
+            f"the output of {c.model.flavor} is tied to its embedding: one weight, which the first and the\n"
+            "  last stage would both need; set model.overrides.tied_output = false, or the degree to 1"
         )
         yield loaded.problem(f"{_KEY}degree", message)
     if degree > n_layers:
@@ -66,15 +66,19 @@ def _schedule_problems(loaded: Loaded, stages: int) -> Iterator[Problem]:
         return
     if c.compile.enable and "model" in c.compile.components:
         message = (
-            f"{name} computes the gradients of inputs and of weights apart, a compiled block gives both at once;\n"
+            f"{name} computes the gradients of inputs and weights apart, a compiled block both at once;\n"
             "  take Interleaved1F1B, or leave 'model' out of compile.components"
         )
         yield loaded.problem(f"{_KEY}schedule", message)
     if c.activation_checkpoint.mode == "selective" and c.activation_checkpoint.selective_ac_option == "op":
-        message = f"per-op checkpointing serves one backward, {name} runs two; allowed: 'none', or full blocks"
+        message = (
+            f"per-op checkpointing serves one backward, {name} runs two; allowed: 'none', or full blocks"
+        )
         yield loaded.problem("activation_checkpoint.mode", message)
     if p.fsdp_reshard_after_forward == "always":
-        message = f"'always' frees weights that {name} reads in both halves of backward; allowed: default, never"
+        message = (
+            f"'always' frees weights that {name} reads in both halves of backward; allowed: default, never"
+        )
         yield loaded.problem("parallelism.fsdp_reshard_after_forward", message)
 
 
@@ -95,16 +99,16 @@ def pipeline_warnings(loaded: Loaded, changed: list[str]) -> Iterator[str]:
     if p.module_fqns_per_model_part is not None:
         for part in ("first_stage_less_layers", "last_stage_less_layers", "layers_per_stage"):
             if f"{_KEY}{part}" in changed:
-                yield f"{_KEY}{part} has no effect: parallelism.module_fqns_per_model_part says what a stage has"
+                yield f"{_KEY}{part} has no effect: module_fqns_per_model_part says what a stage has"
     name = p.pipeline_parallel_schedule
     if name in SCHEDULES and SCHEDULES[name].splits_backward:
         if loaded.config.activation_checkpoint.mode != "none":
             yield (
-                f"{name} with activation checkpointing computes a block again for its input and for each of its "
-                "matrices; Interleaved1F1B does so once"
+                f"{name} computes a checkpointed block again for its input and for each of its matrices; "
+                "Interleaved1F1B does so once"
             )
         if loaded.config.model.converters:
-            yield f"{name} runs a converted linear's backward twice, once for the input and once for the weight"
+            yield f"{name} runs a converted linear's backward twice, for its input and for its weight"
     count = loaded.config.training.local_batch_size // p.pipeline_parallel_microbatch_size
     if count < p.pipeline_parallel_degree:
         yield (

@@ -39,6 +39,72 @@ def test_refusals(flags, world_size, expected):
     assert all(message.count("\n") < 3 for message in messages)
 
 
+PP = "--parallelism.pipeline_parallel_"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--model.overrides.tied_output"], "tied to its embedding"),
+        ([f"{PP}schedule=PipelineScheduleSingle"], "is a base class"),
+        ([f"{PP}schedule_csv=order.csv"], "read by PipelineScheduleMulti alone"),
+        ([f"{PP}microbatch_size=3"], "3 does not divide training.local_batch_size = 8"),
+        ([f"{PP}microbatch_size=8"], "1F1B needs at least 2 micro-batches"),
+        ([f"{PP}layers_per_stage=2"], "1F1B over 2 ranks takes 2"),
+        ([f"{PP}schedule=ZBVZeroBubble", "--compile.enable"], "a compiled block both at once"),
+        (
+            [f"{PP}schedule=ZBVZeroBubble", "--parallelism.fsdp_reshard_after_forward=always"],
+            "'always' frees weights",
+        ),
+        (
+            [
+                f"{PP}schedule=InterleavedZeroBubble",
+                "--activation_checkpoint.mode=selective",
+                "--activation_checkpoint.selective_ac_option=op",
+            ],
+            "per-op checkpointing serves one backward",
+        ),
+    ],
+)
+def test_refused_pipelines(flags, expected):
+    messages = found(f"{PP}degree=2", *flags, world_size=2)
+    assert len(messages) == 1, messages
+    assert expected in messages[0]
+    assert messages[0].count("\n") < 3
+
+
+def test_pipelines_that_are_sound():
+    assert found(f"{PP}degree=2", world_size=4) == []
+    assert checks.unavailable(load([f"{PP}degree=2"], env={})) == []
+    zero_bubble = [f"{PP}degree=2", f"{PP}schedule=ZBVZeroBubble"]
+    assert found(*zero_bubble, "--compile.enable", "--compile.components=loss", world_size=2) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], None),
+        ([f"{PP}schedule=GPipe", "--training.local_batch_size=1"], "1 micro-batches for 2 pipeline ranks"),
+        ([f"{PP}expert_parallel_overlap=false"], "has no effect: the model has no experts"),
+        (
+            [f"{PP}schedule=ZBVZeroBubble", "--activation_checkpoint.mode=full"],
+            "computes a checkpointed block again",
+        ),
+        (
+            [
+                f"{PP}schedule=ZBVZeroBubble",
+                "--model.converters=float8",
+                "--activation_checkpoint.mode=none",
+            ],
+            "backward twice",
+        ),
+    ],
+)
+def test_pipelines_that_are_warned_about(flags, expected):
+    lines = checks.warnings(load([f"{PP}degree=2", *flags], env={}))
+    assert [expected in line for line in lines] == ([] if expected is None else [True]), lines
+
+
 def test_default_is_sound():
     assert found() == []
     assert checks.warnings(load([], env={})) == []
