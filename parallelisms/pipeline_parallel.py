@@ -261,6 +261,10 @@ class _Stage(PipelineStage):
         if self.reduce_gradients:
             super().perform_reduce_grad(grad_scale_factor)
 
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        # Until torch 2.12 stages greet their neighbours, and gloo cannot send to its own rank (a V's turn).
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """The weights' half of a backward, after which FSDP's hooks do not run."""
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)

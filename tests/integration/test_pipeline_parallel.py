@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -43,11 +44,16 @@ def pp(schedule, degree=2, *flags):
 
 
 def free_ports(count):
-    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
-    ports = [str(server.getsockname()[1]) for server in sockets]
-    for server in sockets:
-        server.close()
-    return ports
+    """Ports below those that the system gives out by itself: some of these are used minutes later."""
+    found = []
+    while len(found) < count:
+        port = random.randrange(10000, 32000)
+        try:
+            socket.create_server(("localhost", port)).close()
+        except OSError:
+            continue
+        found.append(str(port))
+    return found
 
 
 def work(folder, world_size, runs, steps):
