@@ -37,7 +37,7 @@ class ConverterContext:
     device_type: str
     """``cuda`` or ``cpu``."""
     tokens_per_microbatch: int
-    """Rows M that one linear sees at once on one device: local batch times sequence length."""
+    """Rows M that one linear sees at once on one device: sequences of a micro-batch times their length."""
     tp_degree: int = 1
     dp_shard_degree: int = 1
     compile_model: bool = False

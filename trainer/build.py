@@ -97,7 +97,7 @@ def build_model(config: JobConfig, mesh: Mesh, device: torch.device, seed: int) 
         converters=converters,
         reports=reports,
         flop_inputs=spec.flop_inputs(sizes),
-        notes=[note for note in notes if note],
+        notes=list(dict.fromkeys(note for note in notes if note)),  # the stages of a rank may be alike
     )
 
 
@@ -174,9 +174,15 @@ def offloads(config: JobConfig, device: torch.device) -> bool:
 def _convert(
     model: nn.Module, config: JobConfig, mesh: Mesh, device: torch.device
 ) -> tuple[list[Converter], list[ConversionReport]]:
+    pipelined = mesh.degrees["pp"] > 1
+    rows = (
+        config.parallelism.pipeline_parallel_microbatch_size
+        if pipelined
+        else config.training.local_batch_size
+    )
     context = ConverterContext(
         device_type=device.type,
-        tokens_per_microbatch=config.training.local_batch_size * config.training.seq_len,
+        tokens_per_microbatch=rows * config.training.seq_len,
         tp_degree=mesh.degrees["tp"],
         dp_shard_degree=mesh.degrees["dp_shard"],
         compile_model=config.compile.enable and "model" in config.compile.components,
