@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -40,7 +41,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from parallelisms.config import ParallelismConfig
-from parallelisms.pipeline_schedules import FROM_FILE, SCHEDULES
+from parallelisms.pipeline_schedules import FROM_FILE, SCHEDULES, splits_backward
 from parallelisms.pipeline_stages import StageLayout
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
@@ -224,6 +225,9 @@ class Pipeline:
                     group=self.group,
                 )
             )
+        if splits_backward(self.config):
+            # A compiled loss must keep its buffers for the second half of backward.
+            torch._functorch.config.donated_buffer = False
         name, microbatches = self.config.pipeline_parallel_schedule, len(tokens) // size
         options: dict[str, Any] = {"loss_fn": self._divided_loss, "scale_grads": False}
         if name == FROM_FILE:

@@ -53,6 +53,7 @@ def main():
         dist.barrier()
         trainer.close()
         gc.enable()
+        torch._dynamo.reset()  # compiled code knows the process groups that were
 
 
 if __name__ == "__main__":
