@@ -26,7 +26,7 @@ from parallelisms.compile import apply_compile
 from parallelisms.fsdp import apply_fsdp
 from parallelisms.mesh import Mesh
 from parallelisms.pipeline_parallel import Activations, cut, merged
-from parallelisms.pipeline_stages import StageLayout, outside_blocks, stage_layout
+from parallelisms.pipeline_stages import StageLayout
 from parallelisms.tensor_parallel import (
     apply_async_tensor_parallel,
     apply_tensor_parallel,
@@ -37,6 +37,7 @@ from trainer.checkpoint.state import model_tensors
 from trainer.config.checks import model_config
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.job import JobConfig
+from trainer.config.pipeline_checks import stages_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -80,7 +81,7 @@ def build_model(config: JobConfig, mesh: Mesh, device: torch.device, seed: int) 
     parts, stages, notes = [model], None, []
     if mesh.degrees["pp"] > 1:
         check_roles(model, spec.roles)
-        stages = stages_of(config)
+        stages = stages_of(config, spec.flop_inputs(sizes).n_layers)
         parts = cut(model, spec.blocks, stages, mesh.device_mesh["pp"].get_local_rank())
         schedule = config.parallelism.pipeline_parallel_schedule
         notes.append(f"pipeline: {schedule}, {stages.count} stages: {stages.describe()}")
@@ -99,14 +100,6 @@ def build_model(config: JobConfig, mesh: Mesh, device: torch.device, seed: int) 
         flop_inputs=spec.flop_inputs(sizes),
         notes=list(dict.fromkeys(note for note in notes if note)),  # the stages of a rank may be alike
     )
-
-
-def stages_of(config: JobConfig) -> StageLayout:
-    """The pipeline stages of a checked configuration."""
-    spec = MODELS[config.model.name]
-    before, after = outside_blocks(spec.roles)
-    n_layers = spec.flop_inputs(model_config(config)).n_layers
-    return stage_layout(config.parallelism, n_layers, blocks=spec.blocks, before=before, after=after)
 
 
 def _wrap(

@@ -243,3 +243,27 @@ def test_a_split_and_an_order_of_ones_own(tmp_path):
     assert "2 stages: tok_embeddings | layers.0-3, norm, output" in outs[0]
     for name in runs:
         compare(tmp_path, name, "one")
+
+
+@pytest.mark.slow
+def test_delayed_scales_move_into_a_pipeline_and_out_of_it(tmp_path):
+    """Steps 1-2 in a pipeline, 3-4 in one process, 5-6 in another pipeline: as all six in one process."""
+    kept = [
+        "--checkpoint.enable",
+        "--checkpoint.interval=2",
+        "--checkpoint.last_save_model_only=false",
+        "--lr_scheduler.total_steps=10",
+    ]
+    flags, whole = [*DELAYED, *kept], [f"{PP}microbatch_size=8"]
+    work(tmp_path, 1, {"one": flags}, 6)
+    work(tmp_path, 2, {"moved": pp("GPipe", 2, *flags, *whole)}, 2)
+    work(tmp_path, 1, {"moved": flags}, 4)
+    outs = work(tmp_path, 2, {"moved": pp("ZBVZeroBubble", 2, *flags, *whole)}, 6)
+    assert "resumed from" in outs[0]
+    losses = [
+        row["loss"]
+        for path in sorted((tmp_path / "moved").glob("metrics*.jsonl"))
+        for row in map(json.loads, path.read_text().splitlines())
+        if "loss" in row
+    ]
+    assert sorted(losses) == pytest.approx(sorted(curves(tmp_path, "one")["loss"]), rel=1e-6)

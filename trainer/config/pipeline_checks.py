@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from models import MODELS
+from models.spec import FlopInputs
 from parallelisms.pipeline_schedules import (
     FROM_FILE,
     SCHEDULES,
@@ -12,14 +14,25 @@ from parallelisms.pipeline_schedules import (
     microbatch_problems,
     splits_backward,
 )
-from parallelisms.pipeline_stages import outside_blocks, stage_layout
+from parallelisms.pipeline_stages import StageLayout, outside_blocks, stage_layout
 from trainer.config.errors import Problem
 from trainer.config.load import Loaded
 
 _KEY = "parallelism.pipeline_parallel_"
 
 
-def pipeline_problems(loaded: Loaded, flops: object) -> Iterator[Problem]:
+def stages_of(config: Any, n_layers: int) -> StageLayout:
+    """What each pipeline stage of a configuration holds, and on which rank of the ``pp`` axis it is.
+
+    Raises:
+        StageError: the settings contradict each other or the model.
+    """
+    spec = MODELS[config.model.name]
+    before, after = outside_blocks(spec.roles)
+    return stage_layout(config.parallelism, n_layers, blocks=spec.blocks, before=before, after=after)
+
+
+def pipeline_problems(loaded: Loaded, flops: FlopInputs) -> Iterator[Problem]:
     """What keeps the pipeline of a configuration from being built; nothing where there is none.
 
     Args:
@@ -28,10 +41,10 @@ def pipeline_problems(loaded: Loaded, flops: object) -> Iterator[Problem]:
     """
     p, c = loaded.config.parallelism, loaded.config
     degree, name = p.pipeline_parallel_degree, p.pipeline_parallel_schedule
-    n_layers: int = flops.n_layers  # type: ignore[attr-defined]
+    n_layers = flops.n_layers
     if degree == 1:
         return
-    if flops.tied_output:  # type: ignore[attr-defined]
+    if flops.tied_output:
         message = (
             f"the output of {c.model.flavor} is tied to its embedding: one weight, which the first and the\n"
             "  last stage would both need; set model.overrides.tied_output = false, or the degree to 1"
@@ -49,10 +62,7 @@ def pipeline_problems(loaded: Loaded, flops: object) -> Iterator[Problem]:
         message = f"is read by {FROM_FILE} alone, the schedule is {name}"
         yield loaded.problem(f"{_KEY}schedule_csv", message)
     try:
-        spec = MODELS[c.model.name]
-        before, after = outside_blocks(spec.roles)
-        layout = stage_layout(p, n_layers, blocks=spec.blocks, before=before, after=after)
-        yield from _schedule_problems(loaded, layout.count)
+        yield from _schedule_problems(loaded, stages_of(c, n_layers).count)
     except StageError as error:
         yield loaded.problem(f"parallelism.{error.key}", str(error))
 
