@@ -42,24 +42,30 @@ BACKENDS: dict[str, list[SDPBackend]] = {
 """`attn_backend` -> kernels that may run, most wanted first."""
 
 
-def document_mask(document_ids: Tensor) -> Tensor | BlockMask:
+def document_mask(document_ids: Tensor, rows: Tensor | None = None) -> Tensor | BlockMask:
     """Build the mask of packed documents, once for all blocks of a forward pass.
 
     Args:
         document_ids: (B, S) integers; positions of a sequence with equal ids are one document.
+        rows: (T,) int64, the positions that queries stand for; None: all S.
 
     Returns:
-        On CUDA a `BlockMask`, elsewhere (B, 1, S, S) booleans, True where a query (row) may look.
+        On CUDA a `BlockMask`, elsewhere (B, 1, T, S) booleans, True where a query (row) may look.
     """
     B, S = document_ids.shape
+    T = S if rows is None else len(rows)
     if not document_ids.is_cuda:
-        same = document_ids[:, :, None] == document_ids[:, None, :]
-        return same.tril()[:, None]
+        keys = torch.arange(S, device=document_ids.device)
+        queries = keys if rows is None else rows
+        same = document_ids[:, queries, None] == document_ids[:, None, :]
+        return (same & (queries[:, None] >= keys))[:, None]
+    place = None if rows is None else rows.to(document_ids.device)
 
     def may_look(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return (q >= kv) & (document_ids[b, q] == document_ids[b, kv])
+        row = q if place is None else place[q]
+        return (row >= kv) & (document_ids[b, row] == document_ids[b, kv])
 
-    return _compiled_create_block_mask()(may_look, B, None, S, S, device=document_ids.device)
+    return _compiled_create_block_mask()(may_look, B, None, T, S, device=document_ids.device)
 
 
 class InnerAttention(nn.Module):

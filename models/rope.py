@@ -86,6 +86,11 @@ class RotaryEmbedding(nn.Module):
         self._positions = None if positions is None else positions.detach().cpu()
         self.rebuild()
 
+    @property
+    def positions(self) -> Tensor | None:
+        """What `set_positions` was given, on the CPU."""
+        return self._positions
+
     def forward(self, x: Tensor) -> Tensor:
         """Turn x: (B, S, H, Dh) by the positions of its S rows; same shape and dtype."""
         length, rows = x.shape[1], self.cos.shape[0]

@@ -71,3 +71,6 @@ class ModelSpec:
     """FQN of the block list (an `nn.ModuleDict` or `nn.ModuleList`), ``layers`` say."""
     problems: Callable[[Any], list[tuple[str, str]]]
     """Config -> what is wrong with it, as (field, message); empty when it can be built."""
+    attention: str = ""
+    """FQN pattern of the modules that compute softmax(q k^T) v, ``forward(q, k, v, mask)`` with shapes
+    (B, heads, S, head width); context parallelism spreads them. Empty: the model cannot be spread so."""

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from parallelisms.blocks import blocks_of
 from parallelisms.config import ActivationCheckpointConfig
+from parallelisms.ring_attention import RING_ATTENTION
 
 _aten = torch.ops.aten
 _MATMULS = {_aten.mm.default, _aten.linear.default}
@@ -33,6 +34,7 @@ SAVED_OPS = {
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    RING_ATTENTION,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
 }
 """Ops whose results are worth their memory: costly to compute, or small."""

@@ -78,6 +78,14 @@ def set_collective_timeout(groups: Iterable[dist.ProcessGroup], seconds: int) ->
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether `error` is a collective's: that another rank has gone, not what happened to it."""
+    if isinstance(error, dist.DistError):  # NCCL, stores, sockets
+        return True
+    gloo = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")  # a plain RuntimeError
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in gloo)
+
+
 def set_deterministic(warn_only: bool) -> None:
     """Allow deterministic algorithms only; equal runs then give equal bits."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

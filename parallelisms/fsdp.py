@@ -72,9 +72,12 @@ def apply_fsdp(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     kind = "HSDP" if mesh.ndim == 2 else "FSDP"
+    over = " x ".join(str(size) for size in mesh.shape)
+    if mesh.ndim == 2 and mesh.shape[1] == 1:
+        kind, over = "DDP", str(mesh.shape[0])
     names = {torch.bfloat16: "bf16", torch.float32: "fp32"}
     return (
-        f"{kind} over {' x '.join(str(size) for size in mesh.shape)}: {units} units, "
+        f"{kind} over {over}: {units} units, "
         f"compute {names[param_dtype]}, gradients summed in {names[reduce_dtype]}"
     )
 

@@ -45,6 +45,15 @@ class Run:
         assert self.code == 0, self.out[-2000:] + self.err[-4000:]
         return self.curve("loss")
 
+    def differences(self, other):
+        """The largest |a - b| / |b| between this run's curves and another's: losses, gradient norms."""
+        mine = {"loss": self.losses, "grad_norm": self.curve("grad_norm")}
+        theirs = {"loss": other.losses, "grad_norm": other.curve("grad_norm")}
+        assert len(mine["loss"]) == len(theirs["loss"]) > 0
+        return {
+            key: max(abs(a - b) / abs(b) for a, b in zip(mine[key], theirs[key], strict=True)) for key in mine
+        }
+
 
 SMALL = [
     "--training.steps=5",
@@ -80,7 +89,7 @@ def train(tmp_path):
         environment.pop("CONFIG_FILE", None)
         environment.update(env or {})
         done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=300, check=False
+            command, capture_output=True, text=True, env=environment, timeout=600, check=False
         )
         return Run(done.returncode, done.stdout, done.stderr, folder)
 

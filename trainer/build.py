@@ -1,12 +1,13 @@
 """From a configuration to a model that can train: the one order, as code.
 
-    model on meta -> converters -> pipeline stages -> tensor parallel -> activation checkpointing
-    -> compile per block -> FSDP2 -> materialise
+    model on meta -> converters -> pipeline stages -> tensor parallel -> context parallel
+    -> activation checkpointing -> compile per block -> FSDP2 -> materialise
 
 Each line below is one step and returns what it did; the order is part of the design. Converters come first
 because they swap modules, and see the whole model before it is cut into stages; tensor parallelism splits
-the modules that are then there; checkpointing wraps a block's forward before the compiler sees it; FSDP
-comes last because it shards what the others made.
+the modules that are then there; context parallelism gives attention its ring, with the heads that are left;
+checkpointing wraps a block's forward before the compiler sees it; FSDP comes last because it shards what the
+others made.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from models import MODELS
 from models.spec import FlopInputs
 from parallelisms.activation_checkpoint import apply_activation_checkpoint
 from parallelisms.compile import apply_compile
+from parallelisms.context_parallel import apply_context_parallel, check_attention
 from parallelisms.fsdp import apply_fsdp
 from parallelisms.mesh import Mesh
 from parallelisms.pipeline_parallel import Activations, cut, merged
@@ -79,6 +81,8 @@ def build_model(config: JobConfig, mesh: Mesh, device: torch.device, seed: int) 
     activations = _activations(model, config, mesh)
     converters, reports = _convert(model, config, mesh, device)
     parts, stages, notes = [model], None, []
+    if mesh.degrees["cp"] > 1:
+        check_attention(model, spec.attention)
     if mesh.degrees["pp"] > 1:
         check_roles(model, spec.roles)
         stages = stages_of(config, spec.flop_inputs(sizes).n_layers)
@@ -119,6 +123,7 @@ def _wrap(
         apply_async_tensor_parallel(
             mesh.device_mesh["tp"], wanted=config.parallelism.enable_async_tensor_parallel
         ),
+        apply_context_parallel(model, spec.attention, mesh.device_mesh["cp"], config.parallelism),
         apply_activation_checkpoint(
             model,
             spec.blocks,
@@ -175,9 +180,9 @@ def _convert(
     )
     context = ConverterContext(
         device_type=device.type,
-        tokens_per_microbatch=rows * config.training.seq_len,
+        tokens_per_microbatch=rows * (config.training.seq_len // mesh.degrees["cp"]),
         tp_degree=mesh.degrees["tp"],
-        dp_shard_degree=mesh.degrees["dp_shard"],
+        dp_shard_degree=mesh.degrees["dp_shard"] * mesh.degrees["cp"],
         compile_model=config.compile.enable and "model" in config.compile.components,
         roles=MODELS[config.model.name].roles,
         layer_group=mesh.layer_group,

@@ -4,7 +4,8 @@
 
 Every share is a sum of cross-entropies over the valid tokens of the whole step (`trainer.loss`), so shares
 of micro-batches, ranks and stages are simply added. Under pipeline parallelism the loss is on the ranks of
-the last stage and 0 elsewhere; `Forward.on_all_stages` gives it to all.
+the last stage and 0 elsewhere, and under context parallelism each rank has that of its positions;
+`Forward.sum_of_parts` gives the whole to all.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallelisms.context_parallel import SequenceShards
 from parallelisms.fsdp import set_replica_all_reduce
 from parallelisms.mesh import Mesh
 from parallelisms.pipeline_parallel import Pipeline
@@ -82,6 +84,10 @@ class Forward:
         self._device = device
         self._wants_documents = built.wants_documents
         self._stages = mesh.device_mesh.get_group("pp") if mesh.degrees["pp"] > 1 else None
+        cp_mesh = mesh.device_mesh["cp"]
+        self._sequences = SequenceShards(built.parts, cp_mesh, config.parallelism)
+        shared_by = [self._stages, cp_mesh.get_group() if cp_mesh.size() > 1 else None]
+        self._sharing = [group for group in shared_by if group is not None]
         self._runner: Runner = WholeModel(built.model, loss_fn)
         if self._stages is not None:
             assert built.stages is not None
@@ -103,15 +109,16 @@ class Forward:
         """Sum of the cross-entropies of a batch, forward only."""
         return self._runner.evaluate(*self._on_device(batch))
 
-    def on_all_stages(self, values: Tensor) -> Tensor:
-        """Losses that only the last stage has, on all stages; changed in place."""
-        if self._stages is not None:
-            dist.all_reduce(values, group=self._stages)
+    def sum_of_parts(self, values: Tensor) -> Tensor:
+        """Losses summed over the ranks that share a batch: stages and parts of sequences; in place."""
+        for group in self._sharing:
+            dist.all_reduce(values, group=group)
         return values
 
     def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         tokens = batch.tokens.to(self._device, non_blocking=True)
         labels = batch.labels.to(self._device, non_blocking=True)
+        tokens, labels = self._sequences.shard(tokens, labels)
         if not self._wants_documents:
             return tokens, labels, {}
         return tokens, labels, {"document_ids": batch.document_ids.to(self._device, non_blocking=True)}

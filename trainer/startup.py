@@ -7,7 +7,7 @@ import logging
 import torch
 
 from parallelisms.distributed import Rank
-from parallelisms.mesh import Mesh
+from parallelisms.mesh import Mesh, picture
 from trainer import __version__
 from trainer.build import BuiltModel, offloads
 from trainer.config import checks
@@ -36,6 +36,8 @@ def announce_run(loaded: Loaded, rank: Rank, mesh: Mesh, seed: int) -> None:
         log.info("%s", as_json(loaded))
     drawn = " (drawn; set debug.seed to repeat the run)" if config.debug.seed is None else ""
     log.info("mesh: %s; seed %d%s", mesh.describe(), seed, drawn)
+    for line in picture(mesh.degrees):
+        log.info("  %s", line)
 
 
 def announce_data(config: JobConfig, batch: BatchArithmetic) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -23,6 +24,8 @@ from trainer.packages import require_own_packages
 EXIT_FAILED = 1
 EXIT_OUT_OF_MEMORY = 3
 EXIT_INTERRUPTED = 130
+LOST_RANK_SECONDS = 10
+"""How long a rank whose peer has gone keeps its own error back."""
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +33,7 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one rank; returns its exit code."""
     require_own_packages()
-    from parallelisms.distributed import Rank
+    from parallelisms.distributed import Rank, is_lost_connection
     from trainer.checkpoint.files import EXIT_CHECKPOINT, CheckpointError
     from trainer.config.errors import EXIT_BAD_INPUT, ConfigError
     from trainer.config.preflight import preflight
@@ -57,10 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DeviceMemoryError as error:
         log.error("%s", error)
         return EXIT_OUT_OF_MEMORY
-    except Exception:
+    except Exception as error:
+        if is_lost_connection(error):
+            _let_the_lost_rank_speak()
         print(f"error: rank {rank.rank} failed\n{traceback.format_exc()}", file=sys.stderr)
         return EXIT_FAILED
     return 0
+
+
+def _let_the_lost_rank_speak() -> None:
+    """Wait to be ended: a lost connection says that another rank failed, and what it says of that is news.
+
+    The launcher ends all ranks as soon as one is gone; a rank that it does not end speaks after all.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(LOST_RANK_SECONDS)
 
 
 def exit_now(code: int) -> None:

@@ -208,7 +208,7 @@ class Trainer:
                 totals[0] += self.forward.evaluate(batch)
                 totals[1] += batch.label_count
             data.close()
-            self.forward.on_all_stages(totals[:1])
+            self.forward.sum_of_parts(totals[:1])
             totals = self._sum_over_data_ranks(totals)
             loss = float(totals[0] / totals[1])
             self.model.train()
@@ -239,7 +239,7 @@ class Trainer:
         return values
 
     def _log_step(self, loss: Tensor, own_mean_loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        loss, own_mean_loss = self.forward.on_all_stages(torch.stack([loss, own_mean_loss]))
+        loss, own_mean_loss = self.forward.sum_of_parts(torch.stack([loss, own_mean_loss]))
         total = self._sum_over_data_ranks(loss.clone())
         if self.batch.dp_degree > 1:
             dist.all_reduce(own_mean_loss, dist.ReduceOp.MAX, group=self.mesh.data_group)

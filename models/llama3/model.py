@@ -198,4 +198,4 @@ class Llama3(nn.Module):
             return None
         if document_ids is None:
             raise ValueError("attn_mask_type 'document' needs document_ids, got None")
-        return document_mask(document_ids)
+        return document_mask(document_ids, self.rope.positions)

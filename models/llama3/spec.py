@@ -41,4 +41,5 @@ SPEC = ModelSpec(
     roles=ROLES,
     blocks="layers",
     problems=problems,
+    attention="layers.*.attention.inner_attention",
 )

@@ -37,27 +37,55 @@ def test_bad_data_in_mid_run_names_file_and_line(train, tmp_path):
     assert "Traceback" not in run.err
 
 
-def test_an_error_on_a_hidden_rank_is_shown_and_its_code_comes_out(train, tmp_path):
-    """Rank 1 fails while only rank 0 is shown."""
-    (tmp_path / "breaks_rank_one.py").write_text(
-        "import os\n"
-        "from models import MODELS as builtin\n"
-        "from dataclasses import replace\n"
-        "def build(config):\n"
-        "    if os.environ.get('RANK') == '1':\n"
-        "        raise RuntimeError('rank one is unwell')\n"
-        "    return builtin['llama3'].build(config)\n"
-        "MODELS = {'fragile': replace(builtin['llama3'], build=build)}\n"
-    )
+BREAKS_RANK_ONE = """
+import os
+import signal
+from dataclasses import replace
+from models import MODELS as builtin
+
+def build(config):
+    from trainer.config.errors import ConfigError, Problem
+    model, calls = builtin["llama3"].build(config), []
+
+    def fail(module, args):
+        calls.append(1)
+        if os.environ["RANK"] != "1" or len(calls) < 3:
+            return
+        if os.environ["FAILS_BY"] == "exception":
+            raise RuntimeError("rank one is unwell")
+        if os.environ["FAILS_BY"] == "input":
+            raise ConfigError([Problem("training.dataset", "rank one cannot read it")])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    model.register_forward_pre_hook(fail)
+    return model
+
+MODELS = {"fragile": replace(builtin["llama3"], build=build)}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "first", "longest"),
+    [
+        ("exception", 1, "error: rank 1 failed", 60),
+        ("input", 2, "error: training.dataset: rank one cannot read it", 3),
+        ("kill", 137, "error: rank 1 was ended by SIGKILL", 1),
+    ],
+)
+def test_the_rank_that_failed_first_speaks_first(train, tmp_path, kind, code, first, longest):
+    """Rank 1 fails in mid-run while only rank 0 is shown, and rank 0 then loses its connection."""
+    (tmp_path / "breaks_rank_one.py").write_text(BREAKS_RANK_ONE)
     run = train(
         "--experimental.custom_import=breaks_rank_one",
         "--model.name=fragile",
         ngpu=2,
-        env={"PYTHONPATH": str(tmp_path), "LOG_RANK": "0"},
+        env={"PYTHONPATH": str(tmp_path), "LOG_RANK": "0", "FAILS_BY": kind},
     )
-    assert run.code == 1
-    assert "rank 1 failed" in run.err
-    assert "rank one is unwell" in run.err
+    assert run.code == code
+    assert run.err.startswith(first), run.err
+    assert len(run.err.strip().splitlines()) <= longest, run.err
+    assert "gloo" not in run.err
+    assert ("rank one is unwell" in run.err) == (kind == "exception")
 
 
 def test_log_rank_chooses_what_is_shown(train):

@@ -9,6 +9,7 @@ Torch-free and before any process group, model or GPU exists. Three kinds of fin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -132,12 +133,14 @@ def _model_problems(loaded: Loaded) -> Iterator[Problem]:
 def _parallel_problems(loaded: Loaded) -> Iterator[Problem]:
     config, p = loaded.config, loaded.config.parallelism
     tp, cp = p.tensor_parallel_degree, p.context_parallel_degree
+    two_chunks = cp > 1 and p.context_parallel_load_balancer is not None
     for section in ("training", "validation") if config.validation.enable else ("training",):
         length = getattr(config, section).seq_len
-        parts = tp * (2 * cp if cp > 1 else 1)
+        # T = S / cp positions of a rank are two equal chunks, and are split over tp.
+        parts = cp * math.lcm(tp, 2) if two_chunks else cp * tp
         if length % parts:
-            message = f"{length} is not divisible by {parts} (tensor parallel {tp}, context parallel {cp}"
-            yield loaded.problem(f"{section}.seq_len", message + (", two chunks each)" if cp > 1 else ")"))
+            degrees = f"tensor parallel {tp}, context parallel {cp}" + ", two chunks each" * two_chunks
+            yield loaded.problem(f"{section}.seq_len", f"{length} is not divisible by {parts} ({degrees})")
     spec = MODELS.get(config.model.name)
     if spec is None or config.model.flavor not in spec.flavors:
         return
@@ -146,8 +149,25 @@ def _parallel_problems(loaded: Loaded) -> Iterator[Problem]:
         if tp > 1 and getattr(model, name) % tp:
             message = f"{tp} does not divide {name} = {getattr(model, name)} of {config.model.flavor}"
             yield loaded.problem("parallelism.tensor_parallel_degree", message)
+    if cp > 1:
+        yield from _context_problems(loaded, model)
     if not spec.problems(model):
         yield from pipeline_problems(loaded, spec.flop_inputs(model))
+
+
+def _context_problems(loaded: Loaded, model: Any) -> Iterator[Problem]:
+    """What a model's attention cannot do when its sequences are spread over ranks."""
+    name, p = loaded.config.model.name, loaded.config.parallelism
+    if not MODELS[name].attention:
+        message = f"the model {name!r} names no attention modules (ModelSpec.attention)"
+        yield loaded.problem("parallelism.context_parallel_degree", message)
+    if getattr(model, "attn_backend", "auto") == "efficient":
+        message = "'efficient' gives no log-sum-exp that context parallelism could merge; use 'auto'"
+        yield loaded.problem("model.overrides.attn_backend", message)
+    documents = getattr(model, "attn_mask_type", "causal") == "document"
+    if documents and p.context_parallel_rotate_method == "alltoall":
+        message = "with attn_mask_type 'document' keys and values are gathered; allowed: 'allgather'"
+        yield loaded.problem("parallelism.context_parallel_rotate_method", message)
 
 
 def _combination_problems(loaded: Loaded) -> Iterator[Problem]:
@@ -208,7 +228,11 @@ def unavailable(loaded: Loaded) -> list[Problem]:
     c = loaded.config
     p = c.parallelism
     wishes: list[tuple[str, bool, str]] = [
-        ("parallelism.context_parallel_degree", p.context_parallel_degree > 1, "context parallelism"),
+        (
+            "parallelism.context_parallel_load_balancer",
+            p.context_parallel_degree > 1 and p.context_parallel_load_balancer == "ptrr",
+            "the load balancer 'ptrr' (there are 'headtail' and none)",
+        ),
         ("checkpoint.last_save_in_hf", c.checkpoint.last_save_in_hf, "export to Hugging Face's format"),
         ("checkpoint.initial_load_in_hf", c.checkpoint.initial_load_in_hf, "loading Hugging Face's format"),
         (

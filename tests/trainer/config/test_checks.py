@@ -23,6 +23,20 @@ def found(*flags, world_size=1):
         (["--parallelism.tensor_parallel_degree=3"], 3, "3 does not divide n_heads = 16"),
         (["--parallelism.tensor_parallel_degree=2", "--training.seq_len=33"], 2, "33 is not divisible by 2"),
         (["--parallelism.context_parallel_degree=2", "--training.seq_len=6"], 2, "6 is not divisible by 4"),
+        (
+            ["--parallelism.context_parallel_degree=2", "--model.overrides.attn_backend=efficient"],
+            2,
+            "no log-sum-exp",
+        ),
+        (
+            [
+                "--parallelism.context_parallel_degree=2",
+                "--parallelism.context_parallel_rotate_method=alltoall",
+                "--model.overrides.attn_mask_type=document",
+            ],
+            2,
+            "keys and values are gathered; allowed: 'allgather'",
+        ),
         (["--parallelism.pipeline_parallel_degree=8"], 8, "8 stages for 6 layers"),
         (["--parallelism.data_parallel_shard_degree=3"], 4, "does not fit 4 processes"),
         (["--training.global_batch_size=12"], 1, "12 is not a multiple of 8"),
@@ -105,6 +119,27 @@ def test_pipelines_that_are_warned_about(flags, expected):
     assert [expected in line for line in lines] == ([] if expected is None else [True]), lines
 
 
+@pytest.mark.parametrize(
+    ("balancer", "tp", "length", "fits"),
+    [("headtail", 1, 6, False), ("none", 1, 6, True), ("headtail", 2, 8, True), ("headtail", 3, 12, True),
+     ("none", 3, 12, True), ("none", 3, 14, False)],
+)  # fmt: skip
+def test_positions_of_a_rank_are_two_equal_chunks_and_split_over_tp(balancer, tp, length, fits):
+    """Context parallelism over 2, with heads and vocabulary that every tp divides."""
+    messages = found(
+        "--parallelism.context_parallel_degree=2",
+        f"--parallelism.context_parallel_load_balancer={balancer}",
+        f"--parallelism.tensor_parallel_degree={tp}",
+        f"--training.seq_len={length}",
+        "--model.overrides.n_heads=12",
+        "--model.overrides.n_kv_heads=12",
+        "--model.overrides.dim=96",
+        "--model.overrides.vocab_size=1200",
+        world_size=2 * tp,
+    )
+    assert (messages == []) == fits, messages
+
+
 def test_default_is_sound():
     assert found() == []
     assert checks.warnings(load([], env={})) == []
@@ -144,7 +179,7 @@ def test_settings_without_effect_are_warned_about():
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--parallelism.context_parallel_degree=2"],
+        ["--parallelism.context_parallel_degree=2", "--parallelism.context_parallel_load_balancer=ptrr"],
         ["--fault_tolerance.enable"],
         ["--memory_estimation.enabled"],
         ["--mx.recipe_name=other"],
