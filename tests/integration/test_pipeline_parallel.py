@@ -163,17 +163,29 @@ def test_pipelines_of_shards_replicas_and_split_matrices(tmp_path):
 
 @pytest.mark.slow
 def test_all_three_together(tmp_path):
-    """PP 2 x FSDP 2 x TP 2 in eight processes, compiled, and with full checkpointing."""
+    """PP 2 x FSDP 2 x TP 2 in eight processes, also with full checkpointing."""
     work(tmp_path, 1, {"one": []}, 8)
     tp = "--parallelism.tensor_parallel_degree=2"
     runs = {
         "eager": pp("Interleaved1F1B", 2, tp),
         "full": pp("1F1B", 2, tp, "--activation_checkpoint.mode=full"),
-        "compiled": pp("1F1B", 2, tp, "--compile.enable"),
     }
     work(tmp_path, 8, runs, 8)
     for name in runs:
         compare(tmp_path, name, "one", 1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_with_split_matrices(tmp_path):
+    """PP 2 x TP 2, each block a compiled graph."""
+    work(tmp_path, 1, {"one": []}, 4)
+    work(
+        tmp_path,
+        4,
+        {"compiled": pp("1F1B", 2, "--parallelism.tensor_parallel_degree=2", "--compile.enable")},
+        4,
+    )
+    compare(tmp_path, "compiled", "one")
 
 
 @pytest.mark.slow
