@@ -221,7 +221,11 @@ def unavailable(loaded: Loaded) -> list[Problem]:
             c.checkpoint.async_mode == "async_with_pinned_mem",
             "staging in pinned memory (async_mode 'async' is there)",
         ),
-        ("comm.mode", c.comm.mode != "default", f"comm.mode {c.comm.mode!r}"),
+        (
+            "comm.mode",
+            c.comm.mode == "local_tensor",
+            "comm.mode 'local_tensor' (all ranks' tensors in one process; 'fake_backend' is there)",
+        ),
         ("optimizer.early_step_in_backward", c.optimizer.early_step_in_backward, "stepping inside backward"),
         ("debug.moe_force_load_balance", c.debug.moe_force_load_balance, "mixture-of-experts"),
     ]

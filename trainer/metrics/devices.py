@@ -46,6 +46,8 @@ class Device:
     measured_link_gb_per_second: float | None = None
     """Bus bandwidth of large all-gathers and reduce-scatters within a host, where it was measured."""
     devices_per_host: int = 8
+    float8_rows: bool = True
+    """Where it has float8 GEMMs, they also take a scale per row."""
 
     @property
     def gemm_bf16_tflops(self) -> float | None:
@@ -112,7 +114,7 @@ DEVICES: tuple[Device, ...] = (
     Device("h20", r"\bH20\b", 95.1, 148, 296, 4.0, 450, 50),
     Device("b200", r"\bB200\b", 178.4, 2250, 4500, 8.0, 900, 50),
     Device("gb200", r"\bGB200\b", 184.0, 2500, 5000, 8.0, 900, 50, devices_per_host=4),
-    Device("l40s", r"\bL40S\b", 44.4, 362, 733, 0.86, 32, 25),
+    Device("l40s", r"\bL40S\b", 44.4, 362, 733, 0.86, 32, 25, float8_rows=False),
     Device("a6000", r"\bRTX A6000\b", 47.4, 154.85, None, 0.77, 32, 25),
     Device("mi300x", r"\bMI300X\b", 191.7, 1300, 2614, 5.3, 448, 50),
     Device("mi325x", r"\bMI325X\b", 255.7, 1300, 2614, 6.0, 448, 50),
