@@ -1,12 +1,14 @@
 """A dry run: one process stands for all, and takes one training step without data, memory or other processes.
 
-`comm.mode = "fake_backend"` makes every collective return at once (torch's fake process group), and tensors carry
-shapes instead of values (`FakeTensorMode`). What is real is everything else: the mesh, the converters, tensor
-parallelism, activation checkpointing, FSDP2, the loss, clipping and the optimizer are those of a run, as rank 0
-(or RANK) sees them. So a layout of hundreds of GPUs that does not fit together fails here, on a laptop, with
-the message that it would fail with there. What each collective would move is counted.
+`comm.mode = "fake_backend"` makes every collective return at once (torch's fake process group), and
+tensors carry shapes instead of values (`FakeTensorMode`). What is real is everything else: the mesh, the
+converters, tensor parallelism, activation checkpointing, FSDP2, the loss, clipping and the optimizer are
+those of a run, as rank 0 (or RANK) sees them. So a layout of hundreds of GPUs that does not fit together
+fails here, on a laptop, with the message that it would fail with there. What each collective would move is
+counted.
 
-Not run: `torch.compile`, since there is nothing to measure; the data loader; checkpoints. The device is the CPU.
+Not run: `torch.compile`, since there is nothing to measure; the data loader; checkpoints. The device is
+the CPU.
 """
 
 from __future__ import annotations

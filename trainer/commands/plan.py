@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.commands.config import help_requested, print_help
 from trainer.config.errors import EXIT_BAD_INPUT, ConfigError, Problem, unknown
-from trainer.config.load import load
+from trainer.config.load import Loaded, load
 from trainer.config.preflight import input_problems
 from trainer.metrics.devices import DEVICES, Device
+
+if TYPE_CHECKING:
+    from trainer.plan.plan import Plan
 
 USAGE = """\
 usage: octavo plan [--world-size N] [--device NAME] [--json] [--png FILE] [--section.key VALUE ...]
        (environment: CONFIG_FILE, NGPU, NNODES)
 
-Plans a run without a GPU: shapes, memory, communication and time of each rank; everything that is wrong with the
-configuration at once, with exit code 2.
+Plans a run without a GPU: shapes, memory, communication and time of each rank; everything that is wrong with
+the configuration at once, with exit code 2.
 
   --world-size N   processes (default: NGPU x NNODES, else 1)
   --device NAME    {devices} (default: this machine's GPU, else h100)
@@ -43,19 +48,11 @@ def main(argv: Sequence[str]) -> int:
     if help_requested(argv):
         print_help(USAGE.format(devices=" ".join(device.key for device in DEVICES)))
         return 0
+    words = _read(argv)
     try:
-        words = _read(argv)
-        world_size, device = _world_size(words), _device(words)
-        loaded = load(words.rest)
-        if words.problems:
-            raise ConfigError(words.problems)
-        assert device is not None
-        from trainer.plan.plan import make_plan  # imports torch: a misspelt key need not wait for it
-
-        plan = make_plan(loaded, world_size, device)
+        loaded, plan = _loaded_and_planned(words)
     except ConfigError as error:
-        known = [] if not words.problems or error.problems == words.problems else words.problems
-        print(ConfigError([*known, *error.problems]), file=sys.stderr)
+        print(ConfigError([*words.problems, *error.problems]), file=sys.stderr)
         return EXIT_BAD_INPUT
     from trainer.plan.picture import draw
     from trainer.plan.render import as_json, as_text
@@ -71,6 +68,17 @@ def main(argv: Sequence[str]) -> int:
             return EXIT_BAD_INPUT
         print(f"wrote {words.options['--png']}", file=sys.stderr)
     return 0
+
+
+def _loaded_and_planned(words: _Words) -> tuple[Loaded, Plan]:
+    loaded = load(words.rest)
+    from trainer.plan.plan import make_plan  # imports torch: a misspelt key need not wait for it
+
+    world_size, device = _world_size(words), _device(words)
+    plan = make_plan(loaded, world_size, device)
+    if words.problems:
+        raise ConfigError([])
+    return loaded, plan
 
 
 def _read(argv: Sequence[str]) -> _Words:
@@ -103,25 +111,25 @@ def _world_size(words: _Words) -> int:
     return int(text)
 
 
-def _device(words: _Words) -> Device | None:
+def _device(words: _Words) -> Device:
     """The row that was named, else that of this machine's GPU, else an H100's."""
     from trainer.plan.plan import host_device
 
+    rows = {device.key: device for device in DEVICES}
     name = words.options.get("--device")
     if name is None:
-        return _own_device() or next(device for device in DEVICES if device.key == "h100")
+        return _own_device() or rows["h100"]
     if name == "cpu":
         return host_device()
-    rows = {device.key: device for device in DEVICES}
     if name not in rows:
         words.problems.append(Problem("--device", unknown("device", name, rows, list_all=False)))
-    return rows.get(name)
+    return rows.get(name, rows["h100"])
 
 
 def _own_device() -> Device | None:
     from trainer.launch import visible_gpus
 
-    if visible_gpus({}) == 0:
+    if visible_gpus(os.environ) == 0:
         return None
     import torch
 

@@ -1,14 +1,14 @@
 """The devices that Octavo knows: peaks, measured ceilings, memory and links. One table for all who ask.
 
-The step line divides by `peak_bf16` (mfu), `octavo plan` takes memory and ceilings, the benchmarks the rest.
-A new device is one row. Patterns match whole words of the name that torch reports, so "H20" is not found in
-"NVIDIA H200", nor "A6000" in "RTX 6000 Ada". A device that no row names has no peak: `mfu` is then logged as
-n/a, and the user may set `metrics.peak_tflops`. It never gets the peak of a device that merely looks alike. A
-slice of a device (MIG, vGPU) does not have the peak of the whole.
+The step line divides by `peak_bf16` (mfu), `octavo plan` takes memory and ceilings, the benchmarks the
+rest. A new device is one row. Patterns match whole words of the name that torch reports, so "H20" is not
+found in "NVIDIA H200", nor "A6000" in "RTX 6000 Ada". A device that no row names has no peak: `mfu` is
+then logged as n/a, and the user may set `metrics.peak_tflops`. It never gets the peak of a device that
+merely looks alike. A slice of a device (MIG, vGPU) does not have the peak of the whole.
 
-Peaks, bandwidths and links are the vendors' data sheets, without sparsity. A *ceiling* is what a large GEMM or
-a copy reaches in practice: measured where `measured` is set, otherwise the data sheet times the share that an
-H100 reaches of its own.
+Peaks, bandwidths and links are the vendors' data sheets, without sparsity. A *ceiling* is what a large
+GEMM or a copy reaches in practice: measured where `measured` is set, otherwise the data sheet times the
+share that an H100 reaches of its own.
 """
 
 from __future__ import annotations

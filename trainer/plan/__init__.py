@@ -9,6 +9,6 @@
       -> step_time      from the ceilings of the device table, as a range
       -> plan           all of it as one value;  render and picture show it
 
-Nothing is allocated and no process group exists, so 405B on 512 GPUs takes seconds on a laptop. The trainer uses
-the same figures to choose what to recompute (`activation_checkpoint.mode = "auto"`).
+Nothing is allocated and no process group exists, so 405B on 512 GPUs takes seconds on a laptop. The
+trainer uses the same figures to choose what to recompute (`activation_checkpoint.mode = "auto"`).
 """

@@ -1,7 +1,7 @@
 """Bytes that a block keeps from forward to backward, by activation checkpointing mode.
 
-Per position and tensor-parallel rank, in elements (D model width; N, K out and in features on this rank; p the
-tensor-parallel degree; a part is attention or feed-forward):
+Per position and tensor-parallel rank, in elements (D model width; N, K out and in features on this rank; p
+the tensor-parallel degree; a part is attention or feed-forward):
 
     x           D/p        input of the block
     y           D          normed input of a part, gathered where p > 1
@@ -18,8 +18,8 @@ What of these is kept:
 - ``none``, eager: every tensor that an operation saved: y and a always, and silu's output besides.
 - ``full``: x.
 - ``selective`` with n: every n-th block as ``full``, the others as ``none``.
-- ``selective`` with ``op``: x, o, and the results of matmuls: of plain ones every second, of float8 ones all. What
-  the last matmul gives enters only a sum, so the compiler drops it where eager mode keeps it.
+- ``selective`` with ``op``: x, o, and the results of matmuls: of plain ones every second, of float8 ones all.
+  What the last matmul gives enters only a sum, so the compiler drops it where eager mode keeps it.
 - ``memory_budget`` b: x + b (none - x).
 
 `tests/trainer/plan/test_activations.py` counts what the real blocks save and finds these numbers.

@@ -1,9 +1,9 @@
 """`activation_checkpoint.mode = "auto"`: the least recompute that fits the device.
 
-Candidates are keeping everything, recomputing every n-th block, the per-op choice and recomputing every block. Each
-is priced in seconds of recompute (`step_time`) and in peak memory (`memory`); the cheapest that fits is taken.
-It follows from the configuration, the mesh and the device's memory alone, so all ranks choose alike. On a CPU
-nothing is recomputed.
+Candidates are keeping everything, recomputing every n-th block, the per-op choice and recomputing every
+block. Each is priced in seconds of recompute (`step_time`) and in peak memory (`memory`); the cheapest
+that fits is taken. It follows from the configuration, the mesh and the device's memory alone, so all ranks
+choose alike. On a CPU nothing is recomputed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,12 @@ def options(
 
 
 def price(
-    config: Any, model: ModelShape, layout: Layout, stages: Sequence[Stage], device: Device, recompute: Recompute
+    config: Any,
+    model: ModelShape,
+    layout: Layout,
+    stages: Sequence[Stage],
+    device: Device,
+    recompute: Recompute,
 ) -> Option:
     """What one setting costs."""
     plans = plan_memory(config, model, layout, stages, recompute)

@@ -5,8 +5,8 @@ A collective over n ranks moves, for a tensor of s bytes (whole):
     all-gather, reduce-scatter    s (n - 1) / n
     all-reduce                    2 s (n - 1) / n
 
-and a send moves s. Scalars (losses, token counts, gradient norms, float8 scales) are counted as calls; their bytes
-are nothing beside the rest.
+and a send moves s. Scalars (losses, token counts, gradient norms, float8 scales) are counted as calls;
+their bytes are nothing beside the rest.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def _replicas(model: ModelShape, layout: Layout, stage: Stage) -> list[Traffic]:
     units = _units(model, stage)
     size = sum(p.shard_numel for parameters, _ in units for p in parameters) * _FP32
     inside = layout.within_host("dp_replicate")
-    return [Traffic("all-reduce over replicas", ("dp_replicate",), len(units), 2 * size * (n - 1) // n, inside)]
+    return [
+        Traffic("all-reduce over replicas", ("dp_replicate",), len(units), 2 * size * (n - 1) // n, inside)
+    ]
 
 
 def _tensor_parallel(
@@ -110,7 +112,7 @@ def _tensor_parallel(
         again = recompute.of_layer(layer) in ("full", "op")
         for part in model.sizes.parts:
             gather, back = _wire(part, element)
-            # Forward: gather, scatter. Backward: gather (of what was scattered), scatter. Recompute: what was not kept.
+            # Forward: gather, scatter. Backward: gather what was scattered, scatter. Then what was not kept.
             recomputed = gather + (element if recompute.of_layer(layer) == "full" else 0) if again else 0
             size += (gather + element + back + element + recomputed) * width
             calls += 4 + (again + (recompute.of_layer(layer) == "full"))
@@ -118,7 +120,23 @@ def _tensor_parallel(
         size += 2 * element * width * present
         calls += 2 * present
     inside = layout.within_host("tp")
-    return [Traffic("tensor parallel", ("tp",), calls * rounds, size * tokens * (n - 1) // n, inside)]
+    return [
+        Traffic("tensor parallel", ("tp",), calls * rounds, size * tokens * (n - 1) // n, inside),
+        _sums(config, model, layout, stage, rounds),
+    ]
+
+
+def _sums(config: Any, model: ModelShape, layout: Layout, stage: Stage, rounds: int) -> Traffic:
+    """What a group adds up: the loss, and the gradients of norms, which saw one rank's positions."""
+    norms = [p for p in model.block if p.role == "norm"] * len(stage.layers)
+    norms += [p for p in model.head if p.role == "norm"] if stage.last else []
+    size = sum(p.local_numel for p in norms) * element_bytes(config)
+    calls = len(norms)
+    if stage.last and not config.parallelism.disable_loss_parallel:
+        calls += 2  # the largest logit, then two sums
+        size += 3 * layout.tokens * _FP32
+    received = 2 * rounds * size * (layout.tp - 1) // layout.tp
+    return Traffic("tensor-parallel sums", ("tp",), calls * rounds, received, layout.within_host("tp"))
 
 
 def _wire(part: Part, element: int) -> tuple[int, int]:
@@ -165,4 +183,12 @@ def _scalars(config: Any, model: ModelShape, layout: Layout) -> list[Traffic]:
     weights = len(float8) * model.n_layers
     precomputed = config.quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp
     scales = (1 if precomputed else 2 * weights) if weights else 0
-    return [Traffic("norms and scales", ("dp_shard",), 2 + scales, _FP32 * (2 + weights), layout.within_host("dp_shard"))]
+    return [
+        Traffic(
+            "norms and scales",
+            ("dp_shard",),
+            2 + scales,
+            _FP32 * (2 + weights),
+            layout.within_host("dp_shard"),
+        )
+    ]

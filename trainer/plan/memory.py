@@ -1,30 +1,31 @@
 """Peak memory of a rank: one step, replayed allocation by allocation.
 
-The CUDA allocator keeps a pool for each stream: what one stream freed, another cannot use. FSDP2 allocates on three:
+The CUDA allocator keeps a pool for each stream: what one stream freed, another cannot use. FSDP2 allocates
+on three:
 
     main      parameters, optimizer state, activations, logits, gathered weights, unsharded gradients
     gather    all-gather buffers (the next unit's beside the present one's)
     reduce    the results of reduce-scatters, which are the sharded gradients
 
-So what the device must hold (the allocator's *reserved* bytes, which the step line logs) is the sum of the pools'
-own peaks, though they are not reached at the same time: gradients grow while activations go, in another pool. The
-replay keeps both figures, the sum of peaks and the peak of the sum (*allocated*).
+So what the device must hold (the allocator's *reserved* bytes, which the step line logs) is the sum of the
+pools' own peaks, though they are not reached at the same time: gradients grow while activations go, in
+another pool. The replay keeps both figures, the sum of peaks and the peak of the sum (*allocated*).
 
 The order of events is FSDP2's (torch.distributed.fsdp, 2.11 to 2.13):
 
-    forward    gather unit, copy out, run, free it (unless it stays); the gather buffer lives until the next copy-out
-    loss       logits in the compute dtype; compiled, their gradient besides; eager, up to three copies in fp32
-    backward   gather unit, run, free it; wait for the former unit's reduce-scatter and free its input; copy the
-               gradients into this unit's input (fp32, whole unit); reduce-scatter into the sharded gradients
+    forward    gather unit, copy out, run, free it (unless it stays); its gather buffer lives until the next
+               copy-out
+    loss       logits in the compute dtype; compiled, their gradient besides; eager, three copies in fp32
+    backward   gather unit, run, free it; wait for the former unit's reduce-scatter and free its input; copy
+               the gradients into this unit's input (fp32, whole); reduce-scatter into the sharded gradients
 
-On one rank there is nothing to gather: weights are cast in the main pool. The reduce pool is there all the same,
-and there a division of the gradients takes room for one unit more.
+On one rank there is nothing to gather: weights are cast in the main pool. The reduce pool is there all the
+same, and there a division of the gradients takes room for one unit more.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 GIB = 2**30

@@ -22,7 +22,9 @@ def plan_memory(
     plans = []
     for stage in stages:
         plan = replay(step_shape(config, model, layout, stage, recompute))
-        plans.append(MemoryPlan(plan.by_category, plan.by_pool, plan.allocated_bytes, plan.host_bytes, stage.rank))
+        plans.append(
+            MemoryPlan(plan.by_category, plan.by_pool, plan.allocated_bytes, plan.host_bytes, stage.rank)
+        )
     return plans
 
 
@@ -37,7 +39,9 @@ def element_bytes(config: Any) -> int:
     return 2 if config.training.mixed_precision_param == "bfloat16" else 4
 
 
-def step_shape(config: Any, model: ModelShape, layout: Layout, stage: Stage, recompute: Recompute) -> StepShape:
+def step_shape(
+    config: Any, model: ModelShape, layout: Layout, stage: Stage, recompute: Recompute
+) -> StepShape:
     """All sizes of one rank's step."""
     units = _units(config, model, layout, stage, recompute)
     held = sum(unit.shard_numel for unit in units)
@@ -90,7 +94,9 @@ def _units(
         )
     if model.tied_output:
         # One unit, gathered first and reduced last.
-        units.insert(0, _unit("embedding, norm, output", (*model.embedding, *model.head), True, final_input, 0))
+        units.insert(
+            0, _unit("embedding, norm, output", (*model.embedding, *model.head), True, final_input, 0)
+        )
     elif stage.last:
         units.append(_unit("norm, output", model.head, True, final_input, 0))
     return tuple(units)
@@ -111,8 +117,8 @@ def _unit(name: str, parameters: Sequence[Parameter], stays: bool, saved: int, w
 def _loss_sizes(config: Any, layout: Layout, logits: int) -> tuple[int, int, int]:
     """(forward, kept for backward, backward) of the loss, in bytes besides the logits.
 
-    Compiled, one kernel reads the logits and another writes their gradient. Eager, cross-entropy copies them to
-    fp32, keeps their log-softmax and makes two gradients of that size; the sharded form makes its own copies.
+    Compiled, one kernel reads the logits, another writes their gradient. Eager, cross-entropy copies them
+    to fp32, keeps their log-softmax and makes two gradients of that size; the sharded form has its own copies.
     """
     if config.compile.enable and "loss" in config.compile.components:
         return 0, logits, logits

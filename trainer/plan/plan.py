@@ -15,7 +15,7 @@ from trainer.metrics.flops import flops_per_token
 from trainer.plan import auto
 from trainer.plan.auto import Option
 from trainer.plan.communication import Traffic, plan_communication
-from trainer.plan.layout import Layout, Stage, build_layout, build_stages
+from trainer.plan.layout import AXES, Layout, Stage, build_layout, build_stages
 from trainer.plan.memory import GIB, MemoryPlan
 from trainer.plan.memory_shape import plan_memory
 from trainer.plan.shapes import ModelShape, read_model
@@ -82,23 +82,13 @@ def make_plan(loaded: Loaded, world_size: int, device: Device) -> Plan:
     Raises:
         ConfigError: with everything that is wrong with it.
     """
-    config = loaded.config
     problems = checks.problems(loaded, world_size) + checks.unavailable(loaded)
-    problems += list(_device_problems(loaded, device))
-    layout = build_layout(config, world_size, device.devices_per_host)
-    try:
-        model = read_model(config, _at_least_one(layout), "cpu" if device.key == "cpu" else "cuda")
-    except KeyError:  # no such model or flavor: reported by name
-        raise ConfigError(problems) from None
-    except ConfigError as error:
-        raise ConfigError([*problems, *error.problems]) from None
-    except (ValueError, ZeroDivisionError, RuntimeError):
-        if not problems:
-            raise
-        raise ConfigError(problems) from None
+    problems += _device_problems(loaded, device)
+    kind = "cpu" if device.key == "cpu" else "cuda"
     if problems:
-        raise ConfigError(problems)
-    return _plan(loaded, layout, model, device)
+        raise ConfigError([*problems, *_converter_problems(loaded.config, kind)])
+    layout = build_layout(loaded.config, world_size, device.devices_per_host)
+    return _plan(loaded, layout, read_model(loaded.config, layout, kind), device)
 
 
 def _plan(loaded: Loaded, layout: Layout, model: ModelShape, device: Device) -> Plan:
@@ -143,9 +133,17 @@ def _name(config: Any) -> str:
     return f"{config.model.name} {config.model.flavor}" + (f" with {overrides}" if overrides else "")
 
 
-def _at_least_one(layout: Layout) -> Layout:
-    """A mesh that does not fit the processes has a degree of 0; its other mistakes can be found all the same."""
-    return replace(layout, degrees={axis: max(1, degree) for axis, degree in layout.degrees.items()})
+def _converter_problems(config: Any, device_type: str) -> Sequence[Problem]:
+    """What converters refuse, looked for on one rank since the mesh may be among what is wrong."""
+    training = config.training
+    batch = checks.BatchArithmetic(training.local_batch_size, 1, 1, training.seq_len)
+    try:
+        read_model(config, Layout(1, dict.fromkeys(AXES, 1), batch, 1, 1), device_type)
+    except ConfigError as error:
+        return error.problems
+    except (KeyError, ValueError, ArithmeticError, RuntimeError):
+        pass  # there is no such model, or it cannot be built: the checks have said so
+    return []
 
 
 def _device_problems(loaded: Loaded, device: Device) -> Sequence[Problem]:

@@ -56,13 +56,22 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         ],
         "conversions": [report.to_dict() for report in plan.model.reports],
         "stages": [
-            {"rank": stage.rank, "layers": list(stage.layers), "in_flight": stage.in_flight, **_memory_dict(memory)}
+            {
+                "rank": stage.rank,
+                "layers": list(stage.layers),
+                "in_flight": stage.in_flight,
+                **_memory_dict(memory),
+            }
             for stage, memory in zip(plan.stages, plan.memory, strict=True)
         ],
         "fits": plan.fits,
         "options": [
-            {**_recompute(option.recompute), "reserved_bytes": option.worst.reserved_bytes,
-             "recompute_seconds": option.recompute_seconds, "fits": option.fits(plan.device_bytes)}
+            {
+                **_recompute(option.recompute),
+                "reserved_bytes": option.worst.reserved_bytes,
+                "recompute_seconds": option.recompute_seconds,
+                "fits": option.fits(plan.device_bytes),
+            }
             for option in plan.options
         ],
         "checkpoint_bytes": plan.checkpoint_bytes,
@@ -93,7 +102,7 @@ def sharding(plan: Plan, parameter: Parameter) -> str:
 
 
 def decision(reports: Sequence[ConversionReport], parameter: Parameter) -> str:
-    """What the converters made of the linear that `parameter` belongs to, with the reason; empty for others."""
+    """What the converters made of the linear that `parameter` is of, with the reason; empty for others."""
     name = parameter.fqn.rpartition(".")[0]
     for report in reports:
         for row in report.rows:
@@ -143,7 +152,8 @@ def _head(plan: Plan) -> list[str]:
         f"  batch       {batch.local_batch_size} local x {batch.dp_degree} ranks x "
         f"{batch.gradient_accumulation_steps} accumulated = {batch.global_batch_size} sequences of "
         f"{batch.seq_len}: {batch.tokens_per_step:,} tokens per step",
-        f"  checkpoint  {plan.checkpoint_bytes / 1e9:,.1f} GB ({plan.model_bytes / 1e9:,.1f} GB the model alone)",
+        f"  checkpoint  {plan.checkpoint_bytes / 1e9:,.1f} GB, "
+        f"of the model alone {plan.model_bytes / 1e9:,.1f} GB",
     ]
     if len(plan.stages) > 1:
         cut = " | ".join(_stage(stage.layers) for stage in plan.stages)
@@ -188,7 +198,10 @@ def _memory(plan: Plan) -> list[str]:
     lines = [f"memory per rank, GiB{where}", *_table(rows, right=(1,))]
     share = 100 * memory.reserved_bytes / have
     lines.append(f"  {share:.0f} % of the {have / GIB:.1f} GiB of {plan.device.key}: {_verdict(plan)}")
-    lines.append(f"  tensors hold at most {memory.allocated_bytes / GIB:,.2f} at one time; the rest is in pools of other streams")
+    lines.append(
+        f"  tensors hold at most {memory.allocated_bytes / GIB:,.2f} at one time; "
+        "the rest lies in pools that another stream cannot use"
+    )
     if memory.host_bytes:
         lines.append(f"  and in host memory {memory.host_bytes / GIB:,.2f}")
     return lines
@@ -247,7 +260,10 @@ def _time(plan: Plan) -> list[str]:
         ("communication", time.communication_seconds),
     ]
     rows = [(name, f"{1000 * seconds:,.1f}") for name, seconds in parts if seconds]
-    mfu = [mfu_percent(tflops_per_device(rate, plan.flops_per_token), plan.device.peak_bf16_tflops) for rate in rates]
+    mfu = [
+        mfu_percent(tflops_per_device(rate, plan.flops_per_token), plan.device.peak_bf16_tflops)
+        for rate in rates
+    ]
     lines = ["time of a step, ms, at the device's ceilings", *_table(rows, right=(1,))]
     if time.bubble:
         lines.append(f"  the pipeline idles {100 * time.bubble:.0f} % of the time")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from math import prod
 
@@ -15,7 +16,9 @@ from trainer.plan.layout import build_layout, build_stages
 from trainer.plan.shapes import read_model
 
 
-def resolve_recompute(config: JobConfig, degrees: dict[str, int], device: torch.device) -> tuple[JobConfig, str]:
+def resolve_recompute(
+    config: JobConfig, degrees: dict[str, int], device: torch.device
+) -> tuple[JobConfig, str]:
     """(`config` with a mode in the place of ``auto``, what was chosen); unchanged where it asks for a mode.
 
     Every rank must call this: the smallest device of the run decides for all.
@@ -45,7 +48,9 @@ def resolve_for(
     """
     device = row or next(row for row in DEVICES if row.key == "h100")
     layout = build_layout(config, world_size, device.devices_per_host)
+    logging.getLogger("converters").setLevel(logging.CRITICAL)  # the build will say it
     model = read_model(config, layout, "cuda")
+    logging.getLogger("converters").setLevel(logging.NOTSET)
     stages = build_stages(config, layout, model.n_layers)
     chosen = auto.choose(auto.options(config, model, layout, stages, device), memory_bytes)
     section = auto.as_config(config.activation_checkpoint, chosen.recompute)

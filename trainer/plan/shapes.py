@@ -1,8 +1,8 @@
 """The model as it will be split: built on ``meta`` and converted as for a run, then read.
 
 Shapes follow from the role table, as in `parallelisms.tensor_parallel` and `parallelisms.fsdp`: tensor
-parallelism cuts rows of columnwise weights, of the embedding and of the output, and columns of rowwise ones; FSDP
-cuts the rows of what is then left, each parameter for itself, the last shard padded.
+parallelism cuts rows of columnwise weights, of the embedding and of the output, and columns of rowwise
+ones; FSDP cuts the rows of what is then left, each parameter for itself, the last shard padded.
 
 Legend: D model width, N and K out and in features of a linear.
 """
@@ -75,7 +75,7 @@ class LinearShape:
     high_precision_weight_gradient: bool
     """Its weight's gradient is a GEMM in the compute dtype, so its input is kept in it."""
     float8_gather: bool
-    """Under tensor parallelism its input (columnwise) or its output's gradient (rowwise) travels in float8."""
+    """Under tensor parallelism its input (columnwise) or output's gradient (rowwise) travels in float8."""
     recomputed: bool
     """Named by per_op_sac_force_recompute_mm_shapes_by_fqns."""
 
@@ -151,7 +151,9 @@ def read_model(config: Any, layout: Layout, device_type: str) -> ModelShape:
         tuple(head),
         len(named),
         inputs.tied_output,
-        BlockShape(embedding[0].shape[1], inputs.n_heads // layout.tp, _parts(block, fqn, roles, layout, skip)),
+        BlockShape(
+            embedding[0].shape[1], inputs.n_heads // layout.tp, _parts(block, fqn, roles, layout, skip)
+        ),
         embedding[0].shape[0],
         inputs,
         tuple(reports),

@@ -1,11 +1,11 @@
 """Expected time of a step, from the ceilings of the device table, as a range.
 
-    fastest   GEMMs and attention at the ceilings, one pass of memory traffic for the rest, communication hidden
-              behind all of it
+    fastest   GEMMs and attention at the ceilings, one pass of memory traffic for the rest, communication
+              hidden behind all of it
     slowest   GEMMs at 80 % of the ceilings, unfused memory traffic, half of the communication in the open
 
-A run that is slower than the range has something that a profile will show; one that is faster shows an error in
-this file.
+A run that is slower than the range has something that a profile will show; one that is faster shows an
+error in this file.
 
 Legend: M positions, K and N in and out features of a linear; F FLOP.
 """
@@ -65,7 +65,8 @@ def plan_time(
     redone = rounds * sum(recompute_seconds(model, layout, recompute, i, device) for i in stage.layers)
     memory = rounds * layers * _block_traffic(model, layout) / copy
     shards = sum(p.shard_numel for p in model.block) * layers + sum(
-        p.shard_numel for p in (*(model.embedding if stage.first else ()), *(model.head if stage.last else ()))
+        p.shard_numel
+        for p in (*(model.embedding if stage.first else ()), *(model.head if stage.last else ()))
     )
     optimizer = 32 * shards / copy  # 28 bytes a parameter, and 4 for the norm
     sent = sum(_seconds(item, device) for item in traffic)
@@ -154,5 +155,7 @@ def _block_traffic(model: ModelShape, layout: Layout) -> float:
 
 
 def _seconds(item: Traffic, device: Device) -> float:
-    rate = device.host_collective_gb_per_second if item.within_host else device.network_collective_gb_per_second
+    rate = (
+        device.host_collective_gb_per_second if item.within_host else device.network_collective_gb_per_second
+    )
     return item.bytes / ((rate or 1.0) * 1e9)
