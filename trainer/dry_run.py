@@ -123,7 +123,10 @@ def dry_run(loaded: Loaded, rank: Rank) -> DryRun:
     _fake_process_group(rank)
     try:
         mesh = build_mesh(config.parallelism, "cpu", rank.world_size)
-        startup.announce_run(loaded, rank, mesh, config.debug.seed or 0)
+        log.info("dry run of %d processes as rank %d", rank.world_size, rank.rank)
+        for line in checks.warnings(loaded):
+            log.warning("%s", line)
+        log.info("mesh: %s", mesh.describe())
         startup.announce_data(config, checks.batch_arithmetic(config, rank.world_size))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         built = build_model(config, mesh, rank.device, seed=0, fake=fake)
@@ -146,7 +149,12 @@ def _eager(config: JobConfig) -> JobConfig:
     recompute = config.activation_checkpoint
     if recompute.mode == "memory_budget":  # the compiler's work
         recompute = replace(recompute, mode="none")
-    return replace(config, compile=replace(config.compile, enable=False), activation_checkpoint=recompute)
+    return replace(
+        config,
+        compile=replace(config.compile, enable=False),
+        activation_checkpoint=recompute,
+        parallelism=replace(config.parallelism, enable_async_tensor_parallel=False),  # the compiler's too
+    )
 
 
 def _fake_process_group(rank: Rank) -> None:

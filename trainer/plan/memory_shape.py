@@ -118,7 +118,7 @@ def _loss_sizes(config: Any, layout: Layout, logits: int) -> tuple[int, int, int
     """(forward, kept for backward, backward) of the loss, in bytes besides the logits.
 
     Compiled, one kernel reads the logits, another writes their gradient. Eager, cross-entropy copies them
-    to fp32, keeps their log-softmax and makes two gradients of that size; the sharded form has its own copies.
+    to fp32, keeps their log-softmax, makes two gradients of that size; the sharded form has its own copies.
     """
     if config.compile.enable and "loss" in config.compile.components:
         return 0, logits, logits
