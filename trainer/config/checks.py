@@ -243,7 +243,18 @@ def warnings(loaded: Loaded) -> list[str]:
         keys = _changed(loaded, f"{section}.")
         if keys:
             found.append(f"[{section}] has no effect: no converter of that name in model.converters")
+    recompute = c.activation_checkpoint.mode
     idle = [
+        (
+            "activation_checkpoint.selective_ac_option",
+            recompute == "selective",
+            f"activation_checkpoint.mode is {recompute}",
+        ),
+        (
+            "activation_checkpoint.memory_budget",
+            recompute == "memory_budget",
+            f"activation_checkpoint.mode is {recompute}",
+        ),
         ("compile.", c.compile.enable, "compile.enable is off"),
         ("validation.", c.validation.enable, "validation.enable is off"),
         ("checkpoint.", c.checkpoint.enable, "checkpoint.enable is off"),

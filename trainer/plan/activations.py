@@ -14,7 +14,9 @@ What of these is kept:
 
 - ``none``, compiled: x, all N, o, h; y and a where they are an operand of a weight's gradient in the compute
   dtype. A float8 linear needs only a cast of its input, which the compiler fuses with what made it, so it
-  keeps the source and neither y nor a. (The partitioner does keep the casted o.)
+  keeps the source and neither y nor a. (The partitioner does keep the casted o.) Weights that FSDP gathers in
+  float8 it keeps too, turned for the gradient: to it a turned copy costs no more than what it is made of. It
+  takes most of them; they are counted in full. `force_recompute_fp8_weight_in_bwd` forbids it.
 - ``none``, eager: every tensor that an operation saved: y and a always, and silu's output besides.
 - ``full``: x.
 - ``selective`` with n: every n-th block as ``full``, the others as ``none``.
@@ -69,6 +71,8 @@ class BlockMemory:
     tp: int
     element_bytes: int
     compiled: bool
+    float8_weight_bytes: int = 0
+    """Of the block's weights that FSDP gathers in float8 and the compiler may keep turned."""
 
     def saved(self, mode: str, budget: float = 1.0) -> int:
         """What stays from forward to backward."""
@@ -101,7 +105,7 @@ class BlockMemory:
             outputs = sum(linear.n for linear in part.columnwise)
             total += self._input(part) + self._bytes(outputs)
             total += self._attention_output(part) if part.is_attention else self._product(part)
-        return total
+        return total + (self.float8_weight_bytes if self.compiled else 0)
 
     def _input(self, part: Part) -> int:
         kept = any(linear.high_precision_weight_gradient for linear in part.columnwise)

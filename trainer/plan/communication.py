@@ -67,7 +67,8 @@ def _fsdp(config: Any, model: ModelShape, layout: Layout, stage: Stage) -> list[
         return []
     policy = config.parallelism.fsdp_reshard_after_forward
     never = policy == "never" or (policy == "default" and layout.degrees["pp"] > 1)
-    steps = layout.batch.gradient_accumulation_steps
+    # A pipeline gathers and reduces once for all its micro-batches.
+    steps = 1 if layout.degrees["pp"] > 1 else layout.rounds
     gathers = gathered = reduced = 0
     units = _units(model, stage)
     for parameters, stays in units:
@@ -105,8 +106,8 @@ def _tensor_parallel(
     if n == 1:
         return []
     element, width = element_bytes(config), model.sizes.width
-    tokens = layout.tokens * layout.stage_microbatches * layout.batch.gradient_accumulation_steps
-    rounds = layout.stage_microbatches * layout.batch.gradient_accumulation_steps
+    rounds = layout.rounds
+    tokens = layout.tokens * rounds
     calls = size = 0
     for layer in stage.layers:
         again = recompute.of_layer(layer) in ("full", "op")
@@ -156,7 +157,7 @@ def _context_parallel(
     element = element_bytes(config)
     attention = next(part for part in model.sizes.parts if part.is_attention)
     keys_values = sum(sorted(linear.n for linear in attention.columnwise)[:2])
-    rounds = layout.stage_microbatches * layout.batch.gradient_accumulation_steps
+    rounds = layout.rounds
     forwards = sum(2 if recompute.of_layer(layer) == "full" else 1 for layer in stage.layers)
     one = layout.tokens * keys_values * (n - 1)
     backward = one * (element + _FP32) * len(stage.layers)
@@ -168,7 +169,7 @@ def _context_parallel(
 def _pipeline(config: Any, model: ModelShape, layout: Layout, stage: Stage) -> list[Traffic]:
     if layout.degrees["pp"] == 1:
         return []
-    rounds = layout.stage_microbatches * layout.batch.gradient_accumulation_steps
+    rounds = layout.rounds
     # Activations come from the stage before, gradients from the one after.
     messages = rounds * ((not stage.first) + (not stage.last))
     size = messages * layout.tokens * model.sizes.width * element_bytes(config) // layout.tp

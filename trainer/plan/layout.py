@@ -38,6 +38,11 @@ class Layout:
         return self.degrees["tp"]
 
     @property
+    def rounds(self) -> int:
+        """Forwards and backwards of a rank in one step."""
+        return self.stage_microbatches * self.batch.gradient_accumulation_steps
+
+    @property
     def sequences(self) -> int:
         """Sequences that one forward sees: the local batch, or a pipeline's micro-batch of it."""
         return self.batch.local_batch_size // self.stage_microbatches

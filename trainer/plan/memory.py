@@ -148,12 +148,16 @@ def replay(step: StepShape) -> MemoryPlan:
     ledger.alloc("workspaces", WORKSPACE_BYTES)
     ledger.alloc("parameters", step.parameter_bytes * persistent)
     ledger.alloc("optimizer", step.optimizer_bytes * persistent)
-    gradients = False
-    for _ in range(2 if step.accumulates else 1):
-        _forward(ledger, step)
+    _forward(ledger, step)
+    if step.whole_gradients:
+        _pipeline_backward(ledger, step)
+    else:
         _loss(ledger, step)
-        _backward(ledger, step, gradients)
-        gradients = True
+        _backward(ledger, step, gradients=False)
+        if step.accumulates:
+            _forward(ledger, step)
+            _loss(ledger, step)
+            _backward(ledger, step, gradients=True)
     by_category: Counter[str] = Counter()
     for pool in ledger.at_peak.values():
         by_category += pool
@@ -198,32 +202,48 @@ def _loss(ledger: Ledger, step: StepShape) -> None:
 
 
 def _backward(ledger: Ledger, step: StepShape, gradients: bool) -> None:
+    """`gradients` tells that those of an earlier backward are there."""
     former = 0
-    head_done = step.logits_bytes == 0
     for unit in reversed(step.units):
         if not unit.stays:
             if step.fsdp_degree > 1:
                 ledger.touch("gathered weights", unit.gathered_bytes, _GATHER)
             ledger.alloc("gathered weights", unit.gathered_bytes)
-        whole = unit.local_numel * step.compute_bytes
-        ledger.alloc("gradient buffers", whole)
-        ledger.touch("activations", unit.working_bytes)
-        if not head_done:
-            ledger.free("logits and loss", step.logits_bytes)
-            head_done = True
-        ledger.free("activations", unit.saved_bytes * (1 if step.whole_gradients else step.in_flight))
-        if step.whole_gradients:
-            ledger.alloc("gradients", unit.local_numel * _FP32)
-            ledger.free("gradient buffers", whole)
-            continue
+        whole = _run_backward(ledger, step, unit)
         ledger.free("gathered weights", unit.gathered_bytes)
         former = _reduce(ledger, step, unit, whole, former, gradients)
-    if step.whole_gradients:
-        for unit in reversed(step.units):
-            ledger.free("gathered weights", unit.gathered_bytes)
-            ledger.free("activations", unit.saved_bytes * (step.in_flight - 1))
-            former = _reduce(ledger, step, unit, 0, former, gradients)
-            ledger.free("gradients", unit.local_numel * _FP32)
+    ledger.free("gradient buffers", former)
+
+
+def _run_backward(ledger: Ledger, step: StepShape, unit: Unit) -> int:
+    """One unit's own work; returns the size of its gradients, whole and in the compute dtype."""
+    whole = unit.local_numel * step.compute_bytes
+    ledger.alloc("gradient buffers", whole)
+    ledger.touch("activations", unit.working_bytes)
+    if unit is step.units[-1]:
+        ledger.free("logits and loss", step.logits_bytes)
+    ledger.free("activations", unit.saved_bytes)
+    return whole
+
+
+def _pipeline_backward(ledger: Ledger, step: StepShape) -> None:
+    """The first micro-batch makes whole gradients, the last one finds them; then all are reduced."""
+    _loss(ledger, step)
+    for unit in reversed(step.units):
+        whole = _run_backward(ledger, step, unit)
+        ledger.alloc("gradients", unit.local_numel * _FP32)
+        ledger.free("gradient buffers", whole)
+    for unit in step.units:  # weights stay gathered
+        ledger.alloc("activations", unit.saved_bytes)
+    _loss(ledger, step)
+    for unit in reversed(step.units):
+        ledger.free("gradient buffers", _run_backward(ledger, step, unit))
+        ledger.free("activations", unit.saved_bytes * (step.in_flight - 1))
+    former = 0
+    for unit in reversed(step.units):
+        ledger.free("gathered weights", unit.gathered_bytes)
+        former = _reduce(ledger, step, unit, 0, former, gradients=False)
+        ledger.free("gradients", unit.local_numel * _FP32)
     ledger.free("gradient buffers", former)
 
 

@@ -31,7 +31,10 @@ def plan_memory(
 def block_memory(config: Any, model: ModelShape, layout: Layout) -> BlockMemory:
     """Activation sizes of the model's blocks under this layout."""
     compiled = config.compile.enable and "model" in config.compile.components
-    return BlockMemory(model.sizes, layout.tokens, layout.tp, element_bytes(config), compiled)
+    kept = sum(p.local_numel for p in model.block if p.gather_bytes_per_element == 1)
+    if config.quantize.linear.float8.force_recompute_fp8_weight_in_bwd:
+        kept = 0
+    return BlockMemory(model.sizes, layout.tokens, layout.tp, element_bytes(config), compiled, kept)
 
 
 def element_bytes(config: Any) -> int:
@@ -57,8 +60,8 @@ def step_shape(
         held * master * _STATES[config.optimizer.name],
         layout.fsdp_degree,
         stage.in_flight,
-        layout.batch.gradient_accumulation_steps > 1,
-        layout.stage_microbatches > 1,
+        layout.degrees["pp"] == 1 and layout.rounds > 1,
+        layout.degrees["pp"] > 1 and layout.rounds > 1,
         logits,
         forward,
         saved,

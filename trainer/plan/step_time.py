@@ -55,7 +55,7 @@ def plan_time(
     if device.gemm_bf16_tflops is None or device.copy_tb_per_second is None:
         return None
     copy = device.copy_tb_per_second * 1e12
-    rounds = layout.stage_microbatches * layout.batch.gradient_accumulation_steps
+    rounds = layout.rounds
     forward = _block_gemms(model, layout, device)
     attention = _attention(model, layout, device)
     head = _head(model, layout, device) if stage.last else 0.0
@@ -71,8 +71,8 @@ def plan_time(
     optimizer = 32 * shards / copy  # 28 bytes a parameter, and 4 for the norm
     sent = sum(_seconds(item, device) for item in traffic)
     compute = gemm + attend + redone + memory + optimizer
-    pp, flying = layout.degrees["pp"], layout.stage_microbatches
-    bubble = (pp - 1) / (flying + pp - 1)
+    pp = layout.degrees["pp"]
+    bubble = (pp - 1) / (layout.stage_microbatches + pp - 1)
     slow = (gemm + attend + redone) / 0.8 + 2 * memory + 4 * optimizer + sent / 2
     return StepTime(
         max(compute, sent) / (1 - bubble),

@@ -4,8 +4,12 @@ import pytest
 
 from trainer.config.load import load
 from trainer.metrics.devices import DEVICES
+from trainer.plan.activations import Recompute
+from trainer.plan.layout import build_layout, build_stages
 from trainer.plan.memory import GIB, WORKSPACE_BYTES, Ledger, StepShape, Unit, replay
+from trainer.plan.memory_shape import block_memory, plan_memory
 from trainer.plan.plan import make_plan
+from trainer.plan.shapes import read_model
 
 DEVICE = {device.key: device for device in DEVICES}
 EIGHT_LAYERS = [
@@ -47,6 +51,32 @@ def plan(flags, world_size=1, device="h100"):
 def test_measured_peaks(flags, world_size, device, measured):
     peak = plan(flags, world_size, device).worst.reserved_bytes / GIB
     assert peak == pytest.approx(measured, rel=0.05)
+
+
+def test_a_float8_gather_leaves_turned_weights_behind():
+    """torchtitan's run has them too: 95.4 GiB."""
+    gather = [*FLOAT8, "--quantize.linear.float8.enable_fsdp_float8_all_gather"]
+    kept = plan([*WHOLE, *NONE, *COMPILE, *gather], 2, "h200").worst
+    assert kept.reserved_bytes / GIB == pytest.approx(95.4, rel=0.05)
+    forbidden = [*gather, "--quantize.linear.float8.force_recompute_fp8_weight_in_bwd"]
+    turned = kept.reserved_bytes - plan([*WHOLE, *NONE, *COMPILE, *forbidden], 2, "h200").worst.reserved_bytes
+    assert turned == 32 * (8_030_261_248 - 2 * 525_336_576 - 65 * 4096) // 32
+
+
+def test_a_pipeline_keeps_whole_gradients():
+    """Two stages of the debug model over two ranks: 1F1B keeps two forwards on the first, one on the last."""
+    config = load(["--parallelism.pipeline_parallel_degree=2", *COMPILE], env={}).config
+    layout = build_layout(config, 2)
+    model = read_model(config, layout, "cuda")
+    stages = build_stages(config, layout, model.n_layers)
+    assert [(stage.layers, stage.in_flight) for stage in stages] == [((0, 1, 2), 2), ((3, 4, 5), 1)]
+    first, last = plan_memory(config, model, layout, stages, Recompute("none"))
+    memory = block_memory(config, model, layout)
+    assert first.by_category["activations"] >= 2 * 3 * memory.saved("none")
+    held = 3 * sum(p.local_numel for p in model.block) + model.vocabulary * 256
+    assert first.by_category["gradients"] == 2 * 4 * held  # whole, and reduced
+    assert first.by_category["logits and loss"] == 0
+    assert last.by_category["logits and loss"] == 2 * 2048 * 2048 * 2
 
 
 def test_a_hand_counted_step():
