@@ -29,13 +29,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from parallelisms.distributed import Rank
-from parallelisms.fsdp import set_replica_all_reduce
-from parallelisms.mesh import build_mesh
+from parallelisms.mesh import Mesh, build_mesh
 from trainer import startup
 from trainer.build import build_model
 from trainer.config import checks
 from trainer.config.job import JobConfig
 from trainer.config.load import Loaded
+from trainer.data.loader import Batch
+from trainer.forward import Forward
 from trainer.loss import cross_entropy_sum
 from trainer.metrics.flops import flops_per_token
 from trainer.optim.clipping import clip_grad_norm
@@ -127,14 +128,16 @@ def dry_run(loaded: Loaded, rank: Rank) -> DryRun:
         for line in checks.warnings(loaded):
             log.warning("%s", line)
         log.info("mesh: %s", mesh.describe())
-        startup.announce_data(config, checks.batch_arithmetic(config, rank.world_size))
+        batch = checks.batch_arithmetic(config, rank.world_size)
+        startup.announce_data(config, batch)
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         built = build_model(config, mesh, rank.device, seed=0, fake=fake)
         startup.announce_model(config, built, flops_per_token(built.flop_inputs, config.training.seq_len))
         with fake:
+            forward = Forward(config, built, mesh, rank.device, cross_entropy_sum)
             optimizer = build_optimizer(built.model, replace(config.optimizer, implementation="foreach"))
             with _Counter() as counter:
-                _step(config, built.model, optimizer, checks.batch_arithmetic(config, rank.world_size))
+                _step(config, forward, built.model, optimizer, mesh, batch)
         kept = sum(
             p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in built.model.parameters()
         )
@@ -164,19 +167,21 @@ def _fake_process_group(rank: Rank) -> None:
 
 
 def _step(
-    config: JobConfig, model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: checks.BatchArithmetic
+    config: JobConfig,
+    forward: Forward,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    mesh: Mesh,
+    batch: checks.BatchArithmetic,
 ) -> None:
     """One optimizer step over all micro-batches, as `Trainer.train_step` takes it."""
-    documents = getattr(model.config, "attn_mask_type", "causal") == "document"
     shape = (batch.local_batch_size, batch.seq_len)
     for index in range(1, batch.gradient_accumulation_steps + 1):
-        tokens, labels = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-        set_replica_all_reduce(model, index == batch.gradient_accumulation_steps)
-        logits = model(tokens, torch.zeros(shape, dtype=torch.int64) if documents else None)
-        loss = cross_entropy_sum(logits, labels) / (batch.tokens_per_step)
-        del logits
-        loss.backward()
-    clip_grad_norm(model.parameters(), config.training.max_norm)
+        tokens, labels, documents = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
+        valid = torch.tensor(float(batch.tokens_per_step))
+        last = index == batch.gradient_accumulation_steps
+        forward.forward_backward(Batch(tokens, labels, documents, batch.seq_len), valid, last=last)
+    clip_grad_norm(model.parameters(), config.training.max_norm, mesh.stage_group)
     optimizer.step()
     optimizer.zero_grad()
 

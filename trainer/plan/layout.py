@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from models import MODELS
+from parallelisms.pipeline_schedules import SCHEDULES, Schedule
 from trainer.config.checks import BatchArithmetic, batch_arithmetic, dp_shard_degree
+from trainer.config.pipeline_checks import stages_of
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -26,6 +29,10 @@ class Layout:
     stage_microbatches: int
     """Micro-batches that go through the pipeline in one forward-backward; 1 without one."""
     devices_per_host: int
+    layer_group: None = None
+    """A planned mesh has no process groups."""
+    stage_group: None = None
+    """The same."""
 
     @property
     def fsdp_degree(self) -> int:
@@ -95,20 +102,32 @@ class Stage:
 
 
 def build_stages(config: Any, layout: Layout, n_layers: int) -> list[Stage]:
-    """The model's blocks over the pipeline's ranks, as evenly as they go; one stage without a pipeline.
+    """What every pipeline rank holds, all of its stages together; all is on one without a pipeline."""
+    blocks = MODELS[config.model.name].blocks
+    cut = stages_of(config, n_layers)
+    found = []
+    for rank in range(layout.degrees["pp"]):
+        held = cut.of_rank(rank)
+        names = [name for stage in held for name in cut.fqns[stage]]
+        layers = [int(name.rpartition(".")[2]) for name in names if name.startswith(f"{blocks}.")]
+        flying = _in_flight(config.parallelism.pipeline_parallel_schedule, layout, rank, len(held))
+        found.append(Stage(rank, tuple(layers), 0 in held, cut.count - 1 in held, flying))
+    return found
 
-    Under GPipe a rank keeps the activations of every micro-batch; under the others of those that are on their
-    way between it and the end (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
+
+def _in_flight(schedule: str, layout: Layout, rank: int, stages: int) -> int:
+    """Micro-batches whose activations (of all stages of the rank) are kept at once, at the most.
+
+    GPipe and its looped form keep all; 1F1B those on their way between the rank and the end; with several
+    stages a rank, as many forwards of one stage as Interleaved 1F1B runs before its first backward (Narayanan
+    et al. 2021, arXiv 2104.04473, section 2.2); V-shaped schedules as many as there are ranks.
     """
-    degree = layout.degrees["pp"]
-    share, extra = divmod(n_layers, degree)
-    stages, start = [], 0
-    for rank in range(degree):
-        count = share + (rank < extra)
-        flying = layout.stage_microbatches
-        if config.parallelism.pipeline_parallel_schedule != "GPipe":
-            flying = min(flying, degree - rank)
-        layers = tuple(range(start, start + count))
-        stages.append(Stage(rank, layers, rank == 0, rank == degree - 1, flying))
-        start += count
-    return stages
+    ranks, all_of_them = layout.degrees["pp"], layout.stage_microbatches
+    if schedule in ("GPipe", "LoopedBFS"):
+        return all_of_them
+    if SCHEDULES.get(schedule, Schedule()).v_shaped:
+        return min(all_of_them, ranks)
+    if stages > 1:
+        forwards = 2 * (ranks - rank - 1) + (stages - 1) * ranks + 1
+        return min(all_of_them, -(-forwards // stages))
+    return min(all_of_them, ranks - rank)
