@@ -74,8 +74,9 @@ class ParallelismConfig:
 class ActivationCheckpointConfig:
     """What is recomputed in backward rather than kept."""
 
-    mode: Literal["selective", "full", "memory_budget", "none"] = "selective"
-    """Nothing, every block, chosen blocks or ops, or what a memory budget asks for."""
+    mode: Literal["selective", "full", "memory_budget", "none", "auto"] = "selective"
+    """Nothing, every block, chosen blocks or ops, or what a memory budget asks for; `auto` takes the least
+    that fits the device's memory by `octavo plan`."""
     selective_ac_option: str = "2"
     """For `selective`: an integer n recomputes every n-th block, `op` keeps the costly ops of every block."""
     per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = field(

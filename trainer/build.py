@@ -12,12 +12,15 @@ others made.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.distributed import ProcessGroup
 
 from converters import CONVERTERS, ConversionReport, Converter, ConverterContext
 from models import MODELS
@@ -44,6 +47,22 @@ from trainer.config.pipeline_checks import stages_of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+class MeshLike(Protocol):
+    """What conversion needs of a mesh, or of the plan of one."""
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """Axis -> degree."""
+
+    @property
+    def layer_group(self) -> ProcessGroup | None:
+        """As a `Mesh` has it."""
+
+    @property
+    def stage_group(self) -> ProcessGroup | None:
+        """As a `Mesh` has it."""
+
+
 @dataclass(frozen=True)
 class BuiltModel:
     """A model ready to train, and what was done to it."""
@@ -67,20 +86,27 @@ class BuiltModel:
     """One line per step of the build that did something or could have, for the start-up log."""
 
 
-def build_model(config: JobConfig, mesh: Mesh, device: torch.device, seed: int) -> BuiltModel:
+def build_model(
+    config: JobConfig, mesh: Mesh, device: torch.device, seed: int, *, fake: FakeTensorMode | None = None
+) -> BuiltModel:
     """Build, convert, cut, wrap and initialise the model of `config`.
+
+    In the `fake` mode of a dry run the result has shapes and no values.
 
     Raises:
         ConfigError: a converter cannot work with these settings.
     """
+    from trainer.plan.resolve import resolve_recompute  # which plans with this module's convert_model
+
+    config, recompute_note = resolve_recompute(config, mesh.degrees, device)
     spec = MODELS[config.model.name]
     sizes = model_config(config)
     with torch.device("meta"):
         model = spec.build(sizes).to(DTYPES[config.training.dtype])
     fqns = frozenset(model_tensors(model))
     activations = _activations(model, config, mesh)
-    converters, reports = _convert(model, config, mesh, device)
-    parts, stages, notes = [model], None, []
+    converters, reports = convert_model(model, config, mesh, device)
+    parts, stages, notes = [model], None, [recompute_note]
     if mesh.degrees["cp"] > 1:
         check_attention(model, spec.attention)
     if mesh.degrees["pp"] > 1:
@@ -91,7 +117,9 @@ def build_model(config: JobConfig, mesh: Mesh, device: torch.device, seed: int) 
         notes.append(f"pipeline: {schedule}, {stages.count} stages: {stages.describe()}")
     for part in parts:
         notes += _wrap(part, config, mesh, device, converters)
-        _materialise(part, torch.device("cpu") if offloads(config, device) else device, device, seed)
+        storage = torch.device("cpu") if offloads(config, device) else device
+        with fake or nullcontext():
+            _materialise(part, storage, device, None if fake else seed)
     return BuiltModel(
         model=merged(parts, spec.blocks),
         parts=parts,
@@ -169,9 +197,10 @@ def offloads(config: JobConfig, device: torch.device) -> bool:
     return config.training.enable_cpu_offload and device.type != "cpu"
 
 
-def _convert(
-    model: nn.Module, config: JobConfig, mesh: Mesh, device: torch.device
+def convert_model(
+    model: nn.Module, config: JobConfig, mesh: MeshLike, device: torch.device
 ) -> tuple[list[Converter], list[ConversionReport]]:
+    """Apply the converters of `config` to a model on ``meta``; a planned mesh has degrees and no groups."""
     pipelined = mesh.degrees["pp"] > 1
     rows = (
         config.parallelism.pipeline_parallel_microbatch_size
@@ -209,15 +238,17 @@ def _converter_style(converters: list[Converter], fqn: str, module: nn.Module, r
     return next((style for style in styles if style is not None), None)
 
 
-def _materialise(model: nn.Module, storage: torch.device, compute: torch.device, seed: int) -> None:
+def _materialise(model: nn.Module, storage: torch.device, compute: torch.device, seed: int | None) -> None:
     """Give the shards memory on `storage` and fill them: the same weights for a seed under every layout.
 
+    Without a seed nothing is filled.
     Buffers (RoPE tables, scales) are not sharded and not offloaded: they lie where the compute is.
     """
     model.to_empty(device=storage)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        model.init_weights(draw_on=compute)  # type: ignore[operator]
+    if seed is not None:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            model.init_weights(draw_on=compute)  # type: ignore[operator]
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(compute)

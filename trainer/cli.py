@@ -30,6 +30,9 @@ COMMANDS: dict[str, Command] = {
     "config": Command(
         "trainer.commands.config", "show the merged configuration and where each value comes from"
     ),
+    "plan": Command(
+        "trainer.commands.plan", "memory, shapes, communication and time of a run before it starts"
+    ),
     "plot": Command("trainer.commands.plot", "draw the curves of one or more runs", ("plot",)),
     "tokenizer": Command("trainer.commands.tokenizer", "train a tokenizer", ("train_tokenizer",)),
 }

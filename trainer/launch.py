@@ -42,11 +42,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         processes, nodes = _processes(os.environ), _number(os.environ, "NNODES", 1)
         restarts = _number(os.environ, "MAX_RESTARTS", 0, least=0)
-        preflight(argv, world_size=processes * nodes)
+        loaded = preflight(argv, world_size=processes * nodes)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_BAD_INPUT
+    if loaded.config.comm.mode == "fake_backend":
+        return _dry_run(argv, processes * nodes)
     return _torchrun(argv, processes, nodes, restarts)
+
+
+def _dry_run(argv: Sequence[str], world_size: int) -> int:
+    """This process alone, as RANK (by default 0) of all."""
+    os.environ.update(WORLD_SIZE=str(world_size), RANK=os.environ.get("RANK", "0"), LOCAL_RANK="0")
+    from trainer.train import main as work
+
+    return work(argv)
 
 
 def visible_gpus(env: Mapping[str, str]) -> int:

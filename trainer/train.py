@@ -44,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging(rank.rank, rank.world_size)
     try:
         loaded = preflight(list(sys.argv[1:] if argv is None else argv), rank.world_size)
+        if loaded.config.comm.mode == "fake_backend":
+            from trainer.dry_run import dry_run
+
+            dry_run(loaded, rank)
+            return 0
         trainer = Trainer(loaded, rank)
         trainer.train()
         trainer.close()

@@ -149,7 +149,7 @@ class Float8Converter(Converter):
             role = next(
                 (role for pattern, role in self.context.roles.items() if _matches(pattern, fqn)), None
             )
-            if role == "columnwise":
+            if role in ("columnwise", "output"):
                 n //= tp
             elif role == "rowwise":
                 k //= tp

@@ -223,7 +223,7 @@ class Float8RowwiseParallel(ParallelStyle):
             raise ValueError("Float8RowwiseParallel: a bias would be added once by each rank; use bias=False")
         _split(linear, device_mesh, dim=1, reduced=("input", "weight"), src=self.src_data_rank)
         config, layout = linear.config, self.output_layouts
-        float8_gradient = isinstance(layout, Shard) and _one_dynamic_scale(config, "grad_output")
+        float8_gradient = isinstance(layout, Shard) and one_dynamic_scale(config, "grad_output")
 
         def prepare(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = args[0]
@@ -248,10 +248,11 @@ class Float8RowwiseParallel(ParallelStyle):
 
 def gathers_input(config: Float8LinearConfig) -> bool:
     """True where one float8 copy of the input, with one dynamic scale, serves both GEMMs that read it."""
-    return _one_dynamic_scale(config, "input")
+    return one_dynamic_scale(config, "input")
 
 
-def _one_dynamic_scale(config: Float8LinearConfig, tensor: str) -> bool:
+def one_dynamic_scale(config: Float8LinearConfig, tensor: str) -> bool:
+    """True where `tensor` (input, weight or grad_output) has one dynamic scale for both its GEMMs."""
     cast = config.cast(f"cast_config_{tensor}")
     dynamic = cast.scaling_type is ScalingType.DYNAMIC and not cast.axiswise
     return dynamic and config.shares_cast(tensor)

@@ -245,7 +245,16 @@ def unavailable(loaded: Loaded) -> list[Problem]:
             c.checkpoint.async_mode == "async_with_pinned_mem",
             "staging in pinned memory (async_mode 'async' is there)",
         ),
-        ("comm.mode", c.comm.mode != "default", f"comm.mode {c.comm.mode!r}"),
+        (
+            "comm.mode",
+            c.comm.mode == "local_tensor",
+            "comm.mode 'local_tensor' (all ranks' tensors in one process; 'fake_backend' is there)",
+        ),
+        (
+            "comm.mode",
+            c.comm.mode == "fake_backend" and p.pipeline_parallel_degree > 1,
+            "a dry run of pipeline stages (their schedules read values, which a dry run does not have)",
+        ),
         ("optimizer.early_step_in_backward", c.optimizer.early_step_in_backward, "stepping inside backward"),
         ("debug.moe_force_load_balance", c.debug.moe_force_load_balance, "mixture-of-experts"),
     ]
@@ -263,7 +272,18 @@ def warnings(loaded: Loaded) -> list[str]:
         keys = _changed(loaded, f"{section}.")
         if keys:
             found.append(f"[{section}] has no effect: no converter of that name in model.converters")
+    recompute = c.activation_checkpoint.mode
     idle = [
+        (
+            "activation_checkpoint.selective_ac_option",
+            recompute == "selective",
+            f"activation_checkpoint.mode is {recompute}",
+        ),
+        (
+            "activation_checkpoint.memory_budget",
+            recompute == "memory_budget",
+            f"activation_checkpoint.mode is {recompute}",
+        ),
         ("compile.", c.compile.enable, "compile.enable is off"),
         ("validation.", c.validation.enable, "validation.enable is off"),
         ("checkpoint.", c.checkpoint.enable, "checkpoint.enable is off"),

@@ -19,13 +19,15 @@ def preflight(argv: Sequence[str], world_size: int) -> Loaded:
         ConfigError: with everything that is wrong.
     """
     loaded = load(argv)
-    found = checks.problems(loaded, world_size) + checks.unavailable(loaded) + _input_problems(loaded)
+    found = checks.problems(loaded, world_size) + checks.unavailable(loaded)
+    if loaded.config.comm.mode != "fake_backend":  # a dry run reads nothing
+        found += input_problems(loaded)
     if found:
         raise ConfigError(found)
     return loaded
 
 
-def _input_problems(loaded: Loaded) -> list[Problem]:
+def input_problems(loaded: Loaded) -> list[Problem]:
     """Files and folders that the run will read."""
     found: list[Problem] = []
     sections = ["training"] + (["validation"] if loaded.config.validation.enable else [])

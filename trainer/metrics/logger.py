@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.metrics.config import MetricsConfig
-from trainer.metrics.device_peaks import peak_tflops
+from trainer.metrics.devices import peak_tflops
 from trainer.metrics.memory import MemoryMonitor
 from trainer.metrics.meter import CHECKPOINT, COMPILE, VALIDATION, ThroughputMeter
 from trainer.metrics.sinks import build_sinks

@@ -1,7 +1,7 @@
 import pytest
 
 from models.spec import FlopInputs
-from trainer.metrics.device_peaks import peak_tflops
+from trainer.metrics.devices import peak_tflops
 from trainer.metrics.flops import flops_per_token, mfu_percent, tflops_per_device
 
 DEBUG = FlopInputs(6_163_712, 524_288, False, 6, 16, 16)

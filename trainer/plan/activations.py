@@ -1,0 +1,151 @@
+"""Bytes that a block keeps from forward to backward, by activation checkpointing mode.
+
+Per position and tensor-parallel rank, in elements (D model width; N, K out and in features on this rank; p
+the tensor-parallel degree; a part is attention or feed-forward):
+
+    x           D/p        input of the block
+    y           D          normed input of a part, gathered where p > 1
+    q k v, w1 w3 out       N of each columnwise linear
+    o           K          attention's output, with a log-sum-exp per head
+    a           K          silu(w1 x) * w3 x, the input of w2
+    h           D/p        residual stream between the parts
+
+What of these is kept:
+
+- ``none``, compiled: x, all N, o, h; y and a where they are an operand of a weight's gradient in the compute
+  dtype. A float8 linear needs only a cast of its input, which the compiler fuses with what made it, so it
+  keeps the source and neither y nor a. (The partitioner does keep the casted o.) Weights that FSDP gathers in
+  float8 it keeps too, turned for the gradient: to it a turned copy costs no more than what it is made of. It
+  takes most of them; they are counted in full. `force_recompute_fp8_weight_in_bwd` forbids it.
+- ``none``, eager: every tensor that an operation saved: y and a always, and silu's output besides.
+- ``full``: x.
+- ``selective`` with n: every n-th block as ``full``, the others as ``none``.
+- ``selective`` with ``op``: x, o, and the results of matmuls: of plain ones every second, of float8 ones all.
+  What the last matmul gives enters only a sum, so the compiler drops it where eager mode keeps it.
+- ``memory_budget`` b: x + b (none - x).
+
+`tests/trainer/plan/test_activations.py` counts what the real blocks save and finds these numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.plan.shapes import BlockShape, LinearShape, Part
+
+_LSE_BYTES = 4
+_FLOAT8 = 1
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """One resolved activation checkpointing setting."""
+
+    mode: str
+    every: int = 1
+    """For ``selective`` by layer: every n-th block is recomputed."""
+    per_op: bool = False
+    budget: float = 1.0
+
+    def describe(self) -> str:
+        """As the settings are called: ``selective op``, ``selective 2``, ``full``."""
+        if self.mode == "selective":
+            return f"selective {'op' if self.per_op else self.every}"
+        return f"memory_budget {self.budget:g}" if self.mode == "memory_budget" else self.mode
+
+    def of_layer(self, layer: int) -> str:
+        """``none``, ``full``, ``op`` or ``memory_budget`` for the block of that number."""
+        if self.mode == "selective":
+            if self.per_op:
+                return "op"
+            return "full" if (layer + 1) % self.every == 0 else "none"
+        return self.mode
+
+
+@dataclass(frozen=True)
+class BlockMemory:
+    """Sizes of one block's activations on a rank, in bytes of one forward."""
+
+    shape: BlockShape
+    tokens: int
+    tp: int
+    element_bytes: int
+    compiled: bool
+    float8_weight_bytes: int = 0
+    """Of the block's weights that FSDP gathers in float8 and the compiler may keep turned."""
+
+    def saved(self, mode: str, budget: float = 1.0) -> int:
+        """What stays from forward to backward."""
+        if mode == "none":
+            return self._everything()
+        if mode == "op":
+            return self._per_op()
+        if mode == "memory_budget":
+            return round(self._stream() + budget * (self._everything() - self._stream()))
+        return self._stream()
+
+    def working(self, mode: str, budget: float = 1.0) -> int:
+        """What the block's own backward needs besides: what is recomputed, and gradients of activations."""
+        recomputed = self._everything() - self.saved(mode, budget)
+        widest = max(sum(linear.n for linear in part.columnwise) for part in self.shape.parts)
+        return recomputed + self._bytes(widest) + 2 * self._stream()
+
+    def _bytes(self, elements_per_token: float) -> int:
+        return round(elements_per_token * self.tokens * self.element_bytes)
+
+    def _stream(self) -> int:
+        return self._bytes(self.shape.width) // self.tp
+
+    def _log_sum_exp(self) -> int:
+        return self.shape.heads * self.tokens * _LSE_BYTES
+
+    def _everything(self) -> int:
+        total = 2 * self._stream()  # x and h
+        for part in self.shape.parts:
+            outputs = sum(linear.n for linear in part.columnwise)
+            total += self._input(part) + self._bytes(outputs)
+            total += self._attention_output(part) if part.is_attention else self._product(part)
+        return total + (self.float8_weight_bytes if self.compiled else 0)
+
+    def _input(self, part: Part) -> int:
+        kept = any(linear.high_precision_weight_gradient for linear in part.columnwise)
+        if self.tp > 1 and all(linear.float8_gather for linear in part.columnwise):
+            return self.shape.width * self.tokens * _FLOAT8  # what was gathered
+        # A gather is not done twice, so its result is kept whatever the casts are.
+        return self._bytes(self.shape.width) if kept or not self.compiled or self.tp > 1 else 0
+
+    def _attention_output(self, part: Part) -> int:
+        width = sum(linear.k for linear in part.rowwise)
+        casts = 0
+        if self.compiled and not any(linear.high_precision_weight_gradient for linear in part.rowwise):
+            casts = width * self.tokens * _FLOAT8
+        return self._bytes(width) + self._log_sum_exp() + casts
+
+    def _product(self, part: Part) -> int:
+        width = sum(linear.k for linear in part.rowwise)
+        if not self.compiled:
+            return self._bytes(2 * width)  # silu's output too
+        kept = any(linear.high_precision_weight_gradient for linear in part.rowwise)
+        return self._bytes(width) if kept else 0
+
+    def _per_op(self) -> int:
+        total = self._stream() + self._log_sum_exp()
+        linears = [linear for part in self.shape.parts for linear in (*part.columnwise, *part.rowwise)]
+        for part in self.shape.parts:
+            if part.is_attention:
+                total += self._bytes(sum(linear.k for linear in part.rowwise))
+        plain = 0
+        for linear in linears:
+            if not linear.float8 and not linear.recomputed:
+                plain += 1
+            kept = linear.float8 or (not linear.recomputed and plain % 2 == 1)
+            if linear is linears[-1] and self.compiled:
+                continue
+            total += self._result(linear, kept)
+        return total
+
+    def _result(self, linear: LinearShape, kept: bool) -> int:
+        size = self._bytes(linear.n) if kept else 0
+        if self.tp > 1 and linear.role == "rowwise":
+            size += self._stream()  # what the reduce-scatter gives
+        return size

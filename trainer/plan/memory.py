@@ -1,0 +1,262 @@
+"""Peak memory of a rank: one step, replayed allocation by allocation.
+
+The CUDA allocator keeps a pool for each stream: what one stream freed, another cannot use. FSDP2 allocates
+on three:
+
+    main      parameters, optimizer state, activations, logits, gathered weights, unsharded gradients
+    gather    all-gather buffers (the next unit's beside the present one's)
+    reduce    the results of reduce-scatters, which are the sharded gradients
+
+So what the device must hold (the allocator's *reserved* bytes, which the step line logs) is the sum of the
+pools' own peaks, though they are not reached at the same time: gradients grow while activations go, in
+another pool. The replay keeps both figures, the sum of peaks and the peak of the sum (*allocated*).
+
+The order of events is FSDP2's (torch.distributed.fsdp, 2.11 to 2.13):
+
+    forward    gather unit, copy out, run, free it (unless it stays); its gather buffer lives until the next
+               copy-out
+    loss       logits in the compute dtype; compiled, their gradient besides; eager, three copies in fp32
+    backward   gather unit, run, free it; wait for the former unit's reduce-scatter and free its input; copy
+               the gradients into this unit's input (fp32, whole); reduce-scatter into the sharded gradients
+
+On one rank there is nothing to gather: weights are cast in the main pool. The reduce pool is there all the
+same, and there a division of the gradients takes room for one unit more.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+GIB = 2**30
+CATEGORIES = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits and loss",
+    "gathered weights",
+    "gradient buffers",
+    "workspaces",
+)
+WORKSPACE_BYTES = 2 * 32 * 2**20
+"""cuBLAS asks for 32 MiB on Hopper, once in forward's thread and once in backward's."""
+_MAIN, _GATHER, _REDUCE = "main", "gather", "reduce"
+_FP32 = 4
+
+
+class Ledger:
+    """What is allocated in each pool, and what was at that pool's peak."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Counter[str]] = {pool: Counter() for pool in (_MAIN, _GATHER, _REDUCE)}
+        self.at_peak: dict[str, Counter[str]] = {pool: Counter() for pool in self._held}
+        self.allocated_peak = 0
+
+    def alloc(self, category: str, size: int, pool: str = _MAIN) -> None:
+        """Take `size` bytes."""
+        held = self._held[pool]
+        held[category] += size
+        if held.total() > self.at_peak[pool].total():
+            self.at_peak[pool] = held.copy()
+        self.allocated_peak = max(self.allocated_peak, sum(pool.total() for pool in self._held.values()))
+
+    def free(self, category: str, size: int, pool: str = _MAIN) -> None:
+        """Give `size` bytes back to their pool."""
+        self._held[pool][category] -= size
+        assert self._held[pool][category] >= 0, (category, pool, self._held)
+
+    def touch(self, category: str, size: int, pool: str = _MAIN) -> None:
+        """Take and give back."""
+        self.alloc(category, size, pool)
+        self.free(category, size, pool)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What FSDP gathers as one."""
+
+    name: str
+    gathered_bytes: int
+    """Of its weights, whole (after tensor parallelism), as they are gathered."""
+    local_numel: int
+    """Elements of the same."""
+    shard_numel: int
+    """Elements that this rank keeps."""
+    stays: bool
+    """Not freed between forward and backward."""
+    saved_bytes: int = 0
+    """Activations of one forward."""
+    working_bytes: int = 0
+    """What its backward needs besides."""
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """All sizes that the replay needs, of one rank."""
+
+    units: tuple[Unit, ...]
+    """In forward order."""
+    parameter_bytes: int
+    optimizer_bytes: int
+    fsdp_degree: int
+    in_flight: int
+    """Forwards whose activations are there at once."""
+    accumulates: bool
+    """Several backwards a step, each with a reduction: gradients exist while the last one runs."""
+    whole_gradients: bool
+    """A pipeline's: summed whole over its micro-batches, and reduced once."""
+    logits_bytes: int
+    """On this rank, of one forward, in the compute dtype; 0 where another stage has the output."""
+    loss_forward_bytes: int
+    """What the loss takes besides."""
+    loss_saved_bytes: int
+    """What it keeps for backward."""
+    loss_backward_bytes: int
+    """What its backward takes besides, the logits' gradient included."""
+    compute_bytes: int
+    """Of one element in forward and backward."""
+    offloaded: bool
+    """Parameters, gradients and optimizer live in host memory."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A rank's peak."""
+
+    by_category: dict[str, int]
+    """Bytes at the pools' peaks; they sum to `reserved_bytes`."""
+    by_pool: dict[str, int]
+    allocated_bytes: int
+    """Peak of what tensors hold at one time."""
+    host_bytes: int = 0
+    """In host memory, under CPU offload."""
+    stage: int = 0
+    """Pipeline rank that it is of."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What the device must have."""
+        return sum(self.by_pool.values())
+
+
+def replay(step: StepShape) -> MemoryPlan:
+    """The peak of a training step once optimizer state exists."""
+    ledger = Ledger()
+    persistent = 0 if step.offloaded else 1
+    ledger.alloc("workspaces", WORKSPACE_BYTES)
+    ledger.alloc("parameters", step.parameter_bytes * persistent)
+    ledger.alloc("optimizer", step.optimizer_bytes * persistent)
+    _forward(ledger, step)
+    if step.whole_gradients:
+        _pipeline_backward(ledger, step)
+    else:
+        _loss(ledger, step)
+        _backward(ledger, step, gradients=False)
+        if step.accumulates:
+            _forward(ledger, step)
+            _loss(ledger, step)
+            _backward(ledger, step, gradients=True)
+    by_category: Counter[str] = Counter()
+    for pool in ledger.at_peak.values():
+        by_category += pool
+    host = step.parameter_bytes * 2 + step.optimizer_bytes if step.offloaded else 0
+    return MemoryPlan(
+        {category: by_category[category] for category in CATEGORIES},
+        {name: pool.total() for name, pool in ledger.at_peak.items()},
+        ledger.allocated_peak,
+        host,
+    )
+
+
+def _gather(ledger: Ledger, step: StepShape, unit: Unit, held: int) -> int:
+    """Gather a unit into the main pool; returns the size of the buffer that stays until the next copy-out."""
+    if step.fsdp_degree > 1:
+        ledger.touch("gathered weights", unit.gathered_bytes // step.fsdp_degree, _GATHER)
+        ledger.alloc("gathered weights", unit.gathered_bytes, _GATHER)
+        ledger.free("gathered weights", held, _GATHER)
+    ledger.alloc("gathered weights", unit.gathered_bytes)
+    return unit.gathered_bytes if step.fsdp_degree > 1 else 0
+
+
+def _forward(ledger: Ledger, step: StepShape) -> None:
+    buffer = 0
+    for unit in step.units:
+        buffer = _gather(ledger, step, unit, buffer)
+        ledger.alloc("activations", unit.saved_bytes * step.in_flight)
+        if not unit.stays:
+            ledger.free("gathered weights", unit.gathered_bytes)
+    ledger.free("gathered weights", buffer, _GATHER)
+
+
+def _loss(ledger: Ledger, step: StepShape) -> None:
+    """Forward and backward of the loss; what is left is the gradient of the logits."""
+    ledger.alloc("logits and loss", step.logits_bytes)
+    ledger.touch("logits and loss", step.loss_forward_bytes)
+    kept = step.loss_saved_bytes - step.logits_bytes
+    if kept >= 0:
+        ledger.alloc("logits and loss", kept)
+    ledger.touch("logits and loss", step.loss_backward_bytes)
+    ledger.free("logits and loss", max(kept, 0))  # the gradient takes the place of the logits
+
+
+def _backward(ledger: Ledger, step: StepShape, gradients: bool) -> None:
+    """`gradients` tells that those of an earlier backward are there."""
+    former = 0
+    for unit in reversed(step.units):
+        if not unit.stays:
+            if step.fsdp_degree > 1:
+                ledger.touch("gathered weights", unit.gathered_bytes, _GATHER)
+            ledger.alloc("gathered weights", unit.gathered_bytes)
+        whole = _run_backward(ledger, step, unit)
+        ledger.free("gathered weights", unit.gathered_bytes)
+        former = _reduce(ledger, step, unit, whole, former, gradients)
+    ledger.free("gradient buffers", former)
+
+
+def _run_backward(ledger: Ledger, step: StepShape, unit: Unit) -> int:
+    """One unit's own work; returns the size of its gradients, whole and in the compute dtype."""
+    whole = unit.local_numel * step.compute_bytes
+    ledger.alloc("gradient buffers", whole)
+    ledger.touch("activations", unit.working_bytes)
+    if unit is step.units[-1]:
+        ledger.free("logits and loss", step.logits_bytes)
+    ledger.free("activations", unit.saved_bytes)
+    return whole
+
+
+def _pipeline_backward(ledger: Ledger, step: StepShape) -> None:
+    """The first micro-batch makes whole gradients, the last one finds them; then all are reduced."""
+    _loss(ledger, step)
+    for unit in reversed(step.units):
+        whole = _run_backward(ledger, step, unit)
+        ledger.alloc("gradients", unit.local_numel * _FP32)
+        ledger.free("gradient buffers", whole)
+    for unit in step.units:  # weights stay gathered
+        ledger.alloc("activations", unit.saved_bytes)
+    _loss(ledger, step)
+    for unit in reversed(step.units):
+        ledger.free("gradient buffers", _run_backward(ledger, step, unit))
+        ledger.free("activations", unit.saved_bytes * (step.in_flight - 1))
+    former = 0
+    for unit in reversed(step.units):
+        ledger.free("gathered weights", unit.gathered_bytes)
+        former = _reduce(ledger, step, unit, 0, former, gradients=False)
+        ledger.free("gradients", unit.local_numel * _FP32)
+    ledger.free("gradient buffers", former)
+
+
+def _reduce(ledger: Ledger, step: StepShape, unit: Unit, whole: int, former: int, gradients: bool) -> int:
+    """Reduce-scatter a unit's gradients; returns the size of the input, which waits for the next unit."""
+    ledger.free("gradient buffers", former)
+    size = unit.local_numel * _FP32
+    ledger.alloc("gradient buffers", size)
+    ledger.free("gradient buffers", whole)
+    result = unit.shard_numel * _FP32
+    ledger.alloc("gradients", result, _REDUCE)
+    if step.fsdp_degree == 1:
+        ledger.touch("gradient buffers", result, _REDUCE)
+    if gradients or step.offloaded:
+        ledger.free("gradients", result, _REDUCE)  # added to what is there, or copied to the host
+    return size

@@ -1,0 +1,131 @@
+"""From a model's shapes to the sizes that `memory.replay` needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trainer.plan.activations import BlockMemory, Recompute
+from trainer.plan.layout import Layout, Stage
+from trainer.plan.memory import MemoryPlan, StepShape, Unit, replay
+from trainer.plan.shapes import ModelShape, Parameter
+
+_STATES = {"AdamW": 2, "Adam": 2}
+"""Optimizer -> tensors it keeps for each parameter."""
+_FP32 = 4
+
+
+def plan_memory(
+    config: Any, model: ModelShape, layout: Layout, stages: Sequence[Stage], recompute: Recompute
+) -> list[MemoryPlan]:
+    """The peak of every pipeline rank, in order (one without a pipeline)."""
+    plans = []
+    for stage in stages:
+        plan = replay(step_shape(config, model, layout, stage, recompute))
+        plans.append(
+            MemoryPlan(plan.by_category, plan.by_pool, plan.allocated_bytes, plan.host_bytes, stage.rank)
+        )
+    return plans
+
+
+def block_memory(config: Any, model: ModelShape, layout: Layout) -> BlockMemory:
+    """Activation sizes of the model's blocks under this layout."""
+    compiled = config.compile.enable and "model" in config.compile.components
+    kept = sum(p.local_numel for p in model.block if p.gather_bytes_per_element == 1)
+    if config.quantize.linear.float8.force_recompute_fp8_weight_in_bwd:
+        kept = 0
+    return BlockMemory(model.sizes, layout.tokens, layout.tp, element_bytes(config), compiled, kept)
+
+
+def element_bytes(config: Any) -> int:
+    """Bytes of one element in forward and backward."""
+    return 2 if config.training.mixed_precision_param == "bfloat16" else 4
+
+
+def step_shape(
+    config: Any, model: ModelShape, layout: Layout, stage: Stage, recompute: Recompute
+) -> StepShape:
+    """All sizes of one rank's step."""
+    units = _units(config, model, layout, stage, recompute)
+    held = sum(unit.shard_numel for unit in units)
+    master = 2 if config.training.dtype == "bfloat16" else 4
+    vocabulary = model.vocabulary
+    if not config.parallelism.disable_loss_parallel:
+        vocabulary //= layout.tp
+    logits = layout.tokens * vocabulary * element_bytes(config) if stage.last else 0
+    forward, saved, backward = _loss_sizes(config, layout, logits)
+    return StepShape(
+        units,
+        held * master,
+        held * master * _STATES[config.optimizer.name],
+        layout.fsdp_degree,
+        stage.in_flight,
+        layout.degrees["pp"] == 1 and layout.rounds > 1,
+        layout.degrees["pp"] > 1 and layout.rounds > 1,
+        logits,
+        forward,
+        saved,
+        backward,
+        element_bytes(config),
+        config.training.enable_cpu_offload,
+    )
+
+
+def _units(
+    config: Any, model: ModelShape, layout: Layout, stage: Stage, recompute: Recompute
+) -> tuple[Unit, ...]:
+    """FSDP's units in forward order, as `parallelisms.fsdp` makes them."""
+    p = config.parallelism
+    stays = p.fsdp_reshard_after_forward == "never" or (
+        p.fsdp_reshard_after_forward == "default" and layout.degrees["pp"] > 1
+    )
+    memory = block_memory(config, model, layout)
+    final_input = 2 * memory._stream() if stage.last else 0  # of the last norm, and of the output
+    units = []
+    if stage.first and not model.tied_output:
+        units.append(_unit("embedding", model.embedding, stays, 0, 0))
+    for layer in stage.layers:
+        mode = recompute.of_layer(layer)
+        units.append(
+            _unit(
+                f"block {layer}",
+                model.block,
+                stays,
+                memory.saved(mode, recompute.budget),
+                memory.working(mode, recompute.budget),
+            )
+        )
+    if model.tied_output:
+        # One unit, gathered first and reduced last.
+        units.insert(
+            0, _unit("embedding, norm, output", (*model.embedding, *model.head), True, final_input, 0)
+        )
+    elif stage.last:
+        units.append(_unit("norm, output", model.head, True, final_input, 0))
+    return tuple(units)
+
+
+def _unit(name: str, parameters: Sequence[Parameter], stays: bool, saved: int, working: int) -> Unit:
+    return Unit(
+        name,
+        sum(p.local_numel * p.gather_bytes_per_element for p in parameters),
+        sum(p.local_numel for p in parameters),
+        sum(p.shard_numel for p in parameters),
+        stays,
+        saved,
+        working,
+    )
+
+
+def _loss_sizes(config: Any, layout: Layout, logits: int) -> tuple[int, int, int]:
+    """(forward, kept for backward, backward) of the loss, in bytes besides the logits.
+
+    Compiled, one kernel reads the logits, another writes their gradient. Eager, cross-entropy copies them
+    to fp32, keeps their log-softmax, makes two gradients of that size; the sharded form has its own copies.
+    """
+    if config.compile.enable and "loss" in config.compile.components:
+        return 0, logits, logits
+    fp32 = logits * _FP32 // element_bytes(config)
+    if layout.tp > 1 and not config.parallelism.disable_loss_parallel:
+        return 3 * fp32, logits, 3 * fp32 + logits
+    return 2 * fp32, fp32, 2 * fp32
