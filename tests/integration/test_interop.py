@@ -3,7 +3,11 @@
 import pytest
 
 from tests.trainer.interop.conftest import TINY, random_model, save_model
+from trainer.checkpoint.files import CheckpointError
 from trainer.cli import main
+from trainer.config.errors import ConfigError
+from trainer.config.preflight import preflight
+from trainer.interop.export import open_for_run
 
 MODEL = [f"--model.overrides.{name}={value}" for name, value in TINY.items()]
 FLAGS = [
@@ -41,9 +45,24 @@ def test_two_ranks_begin_and_end_in_hugging_face_format(train, folder, flags):
     assert contents(run.folder / "checkpoint" / "step-1-hf") == contents(folder)
 
 
-def test_a_model_of_other_settings_is_refused(train, folder):
+def test_a_model_of_other_settings_is_refused(folder, monkeypatch):
     """The folder next to a tokenizer is found through hf_assets_path; both values are named."""
-    run = train(*FLAGS, f"--model.hf_assets_path={folder}", "--model.overrides.rope_theta=10000")
-    assert run.code == 4
-    assert "rope_theta 500000.0 there, 10000.0 here" in run.err
-    assert len(run.err.strip().splitlines()) == 3
+    monkeypatch.delenv("CONFIG_FILE", raising=False)
+    flags = [*FLAGS, f"--model.hf_assets_path={folder}"]
+    assert open_for_run(preflight(flags, 1).config).path == folder
+    for change, message in {
+        "rope_theta=10000": "rope_theta 500000.0 there, 10000.0 here",
+        "norm_eps=1e-6": "rms_norm_eps 1e-05 there, 1e-06 here",
+        "n_kv_heads=4": "num_key_value_heads 2 there, 4 here",
+        "vocab_size=4096": "vocab_size 2048 there, 4096 here",
+        "rope_scaling=true": "rope_scaling.rope_type default there, llama3 here",
+        "tied_output=true": "tie_word_embeddings False there, True here",
+    }.items():
+        with pytest.raises(CheckpointError) as caught:
+            open_for_run(preflight([*flags, f"--model.overrides.{change}"], 1).config)
+        assert message in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 3
+    with pytest.raises(ConfigError, match="leave initial_load_model_only on"):
+        preflight([*flags, "--checkpoint.initial_load_model_only=false"], 1)
+    with pytest.raises(ConfigError, match="block-quantized"):
+        preflight([*flags, "--checkpoint.initial_load_in_hf_quantized"], 1)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import tyro
 
 from trainer.commands.shared import Device, Dtype, at_least, run_command
 
 if TYPE_CHECKING:
-    from trainer.interop.trained import TrainedModel
+    from trainer.data.tokenizer import Tokenizer
+    from trainer.interop.trained import LoadedModel, TrainedModel
 
 DEFAULT_SEQ_LEN = 2048
 
@@ -61,8 +62,6 @@ def evaluate(
         device: auto takes the first GPU where there is one.
         as_json: Print one JSON object.
     """
-    from trainer.data.loader import build_dataloader
-    from trainer.interop.evaluation import perplexity
     from trainer.interop.trained import load_on, open_trained, tokenizer_of
 
     at_least("batch_size", 1 if batch_size is None else batch_size)
@@ -76,14 +75,17 @@ def evaluate(
         raise ValueError(f"steps = {steps}; allowed: -1 (all batches) or 1 and more")
     trained = open_trained(checkpoint, step)
     words = tokenizer_of(trained, tokenizer)
-    if dtype == "auto":
-        dtype = trained.settings.get("training.mixed_precision_param", "auto")
-    seq_len = seq_len or _setting(trained, "seq_len", min(trained.config.max_seq_len, DEFAULT_SEQ_LEN))
-    longest = max(seq_len, trained.config.max_seq_len)
-    if seq_len > trained.config.max_seq_len:
-        log.warning("windows of %d; the model was made for %d", seq_len, trained.config.max_seq_len)
-    loaded = load_on(trained, dtype, device, max_seq_len=longest, most_devices=1)
+    if dtype == "auto" and trained.settings.get("training.mixed_precision_param") in get_args(Dtype):
+        dtype = trained.settings["training.mixed_precision_param"]
+    made_for = trained.config.max_seq_len
+    validated = trained.settings.get("validation.enable") is True
+    seq_len = seq_len or min(
+        made_for, _setting(trained, "seq_len", made_for) if validated else DEFAULT_SEQ_LEN
+    )
     batch_size = batch_size or _setting(trained, "local_batch_size", 8)
+    if seq_len > made_for:
+        log.warning("windows of %d; the model was made for %d", seq_len, made_for)
+    loaded = load_on(trained, dtype, device, max_seq_len=seq_len, most_devices=1)
     if tasks:
         from trainer.interop.lm_harness import run_tasks
 
@@ -100,11 +102,29 @@ def evaluate(
         print(json.dumps(scores) if as_json else table)
         return
     if dataset is None and dataset_path is None:
+        dataset = _setting(trained, "dataset", "python_sources_validation")
         dataset_path = _setting(trained, "dataset_path", None)
-    dataset = dataset or _dataset(trained, dataset_path)
+    source = (dataset or "text_files", dataset_path)
+    _print_perplexity(loaded, words, source, seq_len, batch_size, steps, as_json)
+
+
+def _print_perplexity(
+    loaded: LoadedModel,
+    words: Tokenizer,
+    source: tuple[str, str | None],
+    seq_len: int,
+    batch_size: int,
+    steps: int,
+    as_json: bool,
+) -> None:
+    """Evaluate on `source`, a dataset and its path."""
+    from trainer.data.loader import build_dataloader
+    from trainer.interop.evaluation import perplexity
+
+    dataset, path = source
     data = build_dataloader(
         dataset=dataset,
-        dataset_path=dataset_path,
+        dataset_path=path,
         tokenizer=words,
         seq_len=seq_len,
         local_batch_size=batch_size,
@@ -115,13 +135,13 @@ def evaluate(
     finally:
         data.close()
     values = {"loss": result.loss, "ppl": result.ppl, "bits_per_byte": result.bits_per_byte}
-    counts = {"tokens": result.tokens, "bytes": result.bytes, "batches": result.batches}
     if as_json:
+        counts = {"tokens": result.tokens, "bytes": result.bytes, "batches": result.batches}
         print(json.dumps({**values, **counts, "dataset": dataset, "seq_len": seq_len}))
         return
     numbers = "  ".join(f"{name}: {value:.5f}" for name, value in values.items())
     print(
-        f"{numbers}  ({result.tokens:,} tokens, {result.bytes:,} bytes of {dataset_path or dataset} "
+        f"{numbers}  ({result.tokens:,} tokens, {result.bytes:,} bytes of {path or dataset} "
         f"in windows of {seq_len}; {loaded.where})"
     )
 
@@ -129,8 +149,5 @@ def evaluate(
 def _setting(trained: TrainedModel, name: str, default: Any) -> Any:
     """What the run validated with; `default` for a model that comes without its run."""
     found = trained.settings.get(f"validation.{name}")
-    return default if found is None else found
-
-
-def _dataset(trained: TrainedModel, path: str | None) -> str:
-    return "text_files" if path else _setting(trained, "dataset", "python_sources_validation")
+    kind = str if default is None else type(default)
+    return found if isinstance(found, kind) and found else default

@@ -78,7 +78,7 @@ def generate(
     if longest > trained.config.max_seq_len:
         log.warning("up to %d tokens; the model was made for %d", longest, trained.config.max_seq_len)
     cached = longest * min(batch_size, len(texts))
-    loaded = load_on(trained, dtype, device, cached_tokens=cached)
+    loaded = load_on(trained, dtype, device, cached_tokens=cached, max_seq_len=longest)
     results = []
     for first in range(0, len(prompts), batch_size):
         result = continue_batch(

@@ -309,6 +309,7 @@ def _open_one(folder: Path) -> TrainedModel:
     dtypes = {fqn: entry.dtype for fqn, entry in manifest.under("model").items()}
     settings = manifest.config
     assets = settings.get("model.hf_assets_path")
+    assets = assets if isinstance(assets, str) else None
     return TrainedModel(folder, model_name, config, settings, dtypes, assets, _fingerprint(manifest), fill)
 
 

@@ -1,6 +1,7 @@
 """Generation: the same tokens as transformers, whatever shares the batch; sampling against known answers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from models.llama3.decoder import Llama3Decoder
 from tests.trainer.interop.conftest import TINY, random_model, save_model
 from trainer.cli import main
 from trainer.interop.generation import Sampling, cut_logits, generate
-from trainer.interop.trained import choose_devices, load_on, open_trained
+from trainer.interop.trained import choose_devices, load_model, load_on, open_trained, tokenizer_of
 
 PROMPTS = ["x", "import os\nimport sys\n\n\nclass Walker(Base):\n    def __init__(self", "東京 is"]
 GREEDY = Sampling(temperature=0)
@@ -163,15 +164,24 @@ def test_another_tokenizer_than_the_model_was_trained_with(tiny, tmp_path, capsy
     train_tokenizer("python_sources_validation", vocab_size=300, out=str(tmp_path / "other"))
     trained = open_trained(str(tiny[1]))
     assert trained.fingerprint is None  # saved without a data position: nothing to compare with
-    from dataclasses import replace
-
-    from trainer.interop.trained import tokenizer_of
-
     with pytest.raises(ValueError, match="is not the tokenizer"):
         tokenizer_of(replace(trained, fingerprint="0" * 16), str(tmp_path / "other"))
     small = replace(trained, config=replace(trained.config, vocab_size=256))
     with pytest.raises(ValueError, match="has 300 ids, the model 256"):
         tokenizer_of(small, str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_tied_model_is_loaded_whole(tmp_path, devices):
+    """Also where the blocks are allocated device by device; the output stays the embedding."""
+    overrides = {**TINY, "tied_output": True}
+    model = random_model(**overrides)
+    trained = open_trained(str(save_model(model, tmp_path, **overrides)))
+    loaded = load_model(trained, torch.float32, [torch.device("cpu")] * devices)
+    assert loaded.output.weight is loaded.tok_embeddings.weight
+    tokens = torch.arange(60).reshape(2, 30)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens), model(tokens))
 
 
 def test_as_few_gpus_as_the_model_needs():
