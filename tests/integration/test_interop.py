@@ -35,7 +35,9 @@ def contents(folder):
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--parallelism.tensor_parallel_degree=2"]], ids=["fsdp over 2", "tp over 2"]
+    "flags",
+    [[], ["--parallelism.tensor_parallel_degree=2"], ["--parallelism.pipeline_parallel_degree=2"]],
+    ids=["fsdp over 2", "tp over 2", "pp over 2"],
 )
 def test_two_ranks_begin_and_end_in_hugging_face_format(train, folder, flags):
     """Each rank reads its shards, rank 0 writes the gathered whole: the bytes of all files come out equal."""

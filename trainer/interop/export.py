@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -166,14 +168,14 @@ def save_in_run(
 ) -> Path:
     """Write a run's parameters as ``root/step-N-hf`` (``checkpoint.last_save_in_hf``); all ranks call it.
 
-    Tensors are gathered one at a time and rank 0 writes; the others wait for each, so that none runs ahead
-    of a slow disk into a collective's timeout.
+    Tensors are gathered one at a time, where they are, and rank 0 writes; the others wait for each, so that
+    none runs ahead of a slow disk into a collective's timeout.
 
     Args:
         config: The run's.
         root: Its folder of checkpoints.
         step: The last one.
-        tensors: FQN -> parameter, sharded as it may be.
+        tensors: FQN -> parameter, sharded as it may be; of this rank's pipeline stages.
         ranks: All of them.
 
     Raises:
@@ -192,7 +194,8 @@ def save_in_run(
             files.remove(left)
         writers.append(HfWriter(target, entries, replace=True))
 
-    def add(entry: HfEntry, whole: Tensor) -> None:
+    def add(entry: HfEntry, whole: Tensor | None) -> None:
+        assert whole is not None, entry.name
         writers[0].add(entry, _there(name, sizes, entry, whole))
 
     def finish() -> None:
@@ -203,11 +206,12 @@ def save_in_run(
             raise CheckpointError(str(error)) from None
         writers[0].finish(others)
 
+    held = ranks.gather({fqn: tensor.dtype for fqn, tensor in tensors.items()})
     try:
         ranks.first_does(begin)
         for entry in entries:
-            tensor = tensors[entry.fqn].detach()
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            holder = next(rank for rank, names in enumerate(held) if entry.fqn in names)
+            whole = _whole(tensors, entry, holder, held[holder][entry.fqn], ranks.rank)
             ranks.first_does(partial(add, entry, whole))
         ranks.first_does(finish)
     except CheckpointError as error:
@@ -216,6 +220,24 @@ def save_in_run(
         for writer in writers:
             writer.abandon()
     return target
+
+
+def _whole(
+    tensors: Mapping[str, Tensor], entry: HfEntry, holder: int, dtype: torch.dtype, rank: int
+) -> Tensor | None:
+    """A tensor, whole, on rank 0; `holder` is the first rank whose stages have it."""
+    whole = tensors[entry.fqn].detach() if entry.fqn in tensors else None
+    if isinstance(whole, DTensor):
+        whole = whole.full_tensor()  # by the ranks of its stage
+    if holder == 0:
+        return whole
+    if rank == holder:
+        assert whole is not None
+        dist.send(whole.contiguous(), dst=0)
+    if rank == 0:
+        whole = torch.empty(entry.shape, dtype=dtype, device=next(iter(tensors.values())).device)
+        dist.recv(whole, src=holder)
+    return whole
 
 
 def _there(model_name: str, config: Any, entry: HfEntry, tensor: Tensor) -> Tensor:
