@@ -51,6 +51,13 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     return kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs of x: (B, S, H, Dh), with cosines and sines that broadcast to (B, S, H, Dh/2)."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
 class RotaryEmbedding(nn.Module):
     """Turns queries and keys by their positions, from fp32 tables that are never in a checkpoint.
 
@@ -98,10 +105,7 @@ class RotaryEmbedding(nn.Module):
             raise ValueError(
                 f"the RoPE table has {rows} positions, the input {length}; max_seq_len sets them"
             )
-        cos, sin = self.cos[:length, None, :], self.sin[:length, None, :]  # (S, 1, Dh/2)
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-        return turned.flatten(-2).type_as(x)
+        return rotate(x, self.cos[:length, None, :], self.sin[:length, None, :])
 
     def extra_repr(self) -> str:
         """Settings, for `print(model)`."""

@@ -19,13 +19,13 @@ The module that `build` returns:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 class Role(str, Enum):
@@ -54,6 +54,47 @@ class FlopInputs:
 
 
 @dataclass(frozen=True)
+class HuggingFaceFormat:
+    """How the model looks in a Hugging Face folder. Plain functions, torch-free until a tensor is given."""
+
+    model_type: str
+    """``model_type`` in config.json."""
+    names: Callable[[Any], dict[str, str]]
+    """Config -> FQN of every stored tensor -> its name there, in the order in which they are stored."""
+    shapes: Callable[[Any], dict[str, tuple[int, ...]]]
+    """Config -> FQN -> shape, the same here and there."""
+    row_block: Callable[[Any, str], int]
+    """(config, FQN) -> rows that change places only among themselves; 1 where none do."""
+    is_unused: Callable[[Any, str], bool]
+    """(config, name there) -> whether such a tensor may be there and is of no use: a tied output, say."""
+    to_hf: Callable[[Any, str, Tensor], tuple[str, Tensor] | None]
+    """(config, FQN, tensor) -> name and tensor there; None for what is not stored there."""
+    from_hf: Callable[[Any, str, Tensor], tuple[str, Tensor] | None]
+    """(config, name there, tensor or whole row blocks of it) -> FQN and tensor; None for what is not used."""
+    config: Callable[[Any], dict[str, Any]]
+    """Config -> content of config.json."""
+    config_from: Callable[[Mapping[str, Any]], Any]
+    """Content of config.json -> config; ValueError where the model cannot be built."""
+    overrides: Callable[[Any, Any], dict[str, Any]]
+    """(config, flavor) -> the fields that make the flavor the same model."""
+
+
+class Decoder(Protocol):
+    """A model that predicts one token after the other and keeps the keys and values of those before.
+
+    Rows of a batch stand for themselves: their lengths may differ.
+    """
+
+    def prefill(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Read the prompts: (B, T) int64, padded at the right; returns the logits (B, V) after each."""
+        ...
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read one more token a row: (B,) int64; returns the logits (B, V) after it."""
+        ...
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One row of the MODELS table."""
 
@@ -74,3 +115,7 @@ class ModelSpec:
     attention: str = ""
     """FQN pattern of the modules that compute softmax(q k^T) v, ``forward(q, k, v, mask)`` with shapes
     (B, heads, S, head width); context parallelism spreads them. Empty: the model cannot be spread so."""
+    huggingface: HuggingFaceFormat | None = None
+    """How it is exchanged with Hugging Face; None where it is not."""
+    build_decoder: Callable[[nn.Module, int, int], Decoder] | None = None
+    """(module, batch size, longest sequence) -> what generates text with it; None where nothing does."""

@@ -27,7 +27,7 @@ CODE_PATH = re.compile(
     r"`(?:\./)?((?:trainer|models|converters|parallelisms|kernels|train_configs|tests)/[\w./]+\.\w+)`"
 )
 KEY_SPAN = re.compile(r"`([a-z_]+(?:\.[a-z_0-9]+)+)`")
-FILE_SUFFIXES = (".py", ".md", ".json", ".jsonl", ".toml")
+FILE_SUFFIXES = (".py", ".md", ".json", ".jsonl", ".toml", ".safetensors")
 TOML_BLOCK = re.compile(r"^```toml\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 

@@ -30,6 +30,10 @@ COMMANDS: dict[str, Command] = {
     "config": Command(
         "trainer.commands.config", "show the merged configuration and where each value comes from"
     ),
+    "eval": Command("trainer.commands.evaluate", "perplexity of a trained model, or tasks of lm-eval"),
+    "export": Command("trainer.commands.export", "write a trained model as a Hugging Face folder"),
+    "generate": Command("trainer.commands.generate", "continue prompts with a trained model"),
+    "import": Command("trainer.commands.import_hf", "turn a Hugging Face folder into a checkpoint"),
     "plan": Command(
         "trainer.commands.plan", "memory, shapes, communication and time of a run before it starts"
     ),

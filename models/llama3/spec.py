@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from models.llama3 import huggingface
 from models.llama3.config import FLAVORS, Llama3Config, flop_inputs, problems
-from models.spec import ModelSpec, Role
+from models.spec import HuggingFaceFormat, ModelSpec, Role
 
 if TYPE_CHECKING:
+    from models.llama3.decoder import Llama3Decoder
     from models.llama3.model import Llama3
 
 
@@ -16,6 +18,13 @@ def build(config: Llama3Config) -> Llama3:
     from models.llama3.model import Llama3  # torch is imported here and not before
 
     return Llama3(config)
+
+
+def build_decoder(model: Llama3, batch_size: int, max_length: int) -> Llama3Decoder:
+    """Make room for the keys and values of `batch_size` sequences of up to `max_length` tokens."""
+    from models.llama3.decoder import Llama3Decoder
+
+    return Llama3Decoder(model, batch_size, max_length)
 
 
 ROLES: dict[str, Role] = {
@@ -42,4 +51,17 @@ SPEC = ModelSpec(
     blocks="layers",
     problems=problems,
     attention="layers.*.attention.inner_attention",
+    huggingface=HuggingFaceFormat(
+        model_type="llama",
+        names=huggingface.hf_names,
+        shapes=huggingface.shapes,
+        row_block=huggingface.row_block,
+        is_unused=huggingface.is_unused,
+        to_hf=huggingface.to_hf,
+        from_hf=huggingface.from_hf,
+        config=huggingface.hf_config,
+        config_from=huggingface.config_from_hf,
+        overrides=huggingface.overrides,
+    ),
+    build_decoder=build_decoder,  # type: ignore[arg-type]
 )

@@ -2,6 +2,7 @@
 
     in the run's own folder   checkpoint.load_step, or the newest one that is valid
     else                      checkpoint.initial_load_path: a checkpoint, or a folder with some
+                              (with initial_load_in_hf that is a Hugging Face folder: `trainer.interop`'s)
     else                      nothing: fresh weights
 
 Newest first, each candidate is checked whole: marker, sizes, manifest, and the checksums of all files, whose
@@ -59,7 +60,7 @@ def choose(config: CheckpointConfig, root: Path, ranks: Ranks) -> Found | None:
         return found
     if steps:
         return Found(*_newest(root, steps, ranks, _resumable), is_own=True)
-    if config.initial_load_path:
+    if config.initial_load_path and not config.initial_load_in_hf:
         return _initial(Path(config.initial_load_path).expanduser(), config, ranks)
     return None
 

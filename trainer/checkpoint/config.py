@@ -28,13 +28,13 @@ class CheckpointConfig:
     initial_load_model_only: bool = True
     """Take only the model's weights from it."""
     initial_load_in_hf: bool = False
-    """It holds Hugging Face safetensors (without a path: model.hf_assets_path)."""
+    """It is a Hugging Face folder of safetensors (without a path: model.hf_assets_path)."""
     initial_load_in_hf_quantized: bool = False
-    """Its weights are block-quantized float8 and are dequantized on load."""
+    """Its weights are block-quantized float8; refused, since no model here is published so."""
     last_save_model_only: bool = False
     """Drop optimizer and data position from the final save, which then cannot be continued exactly."""
     last_save_in_hf: bool = False
-    """Write the final save as Hugging Face safetensors; needs last_save_model_only."""
+    """Write the final save as a Hugging Face folder, step-N-hf; needs last_save_model_only."""
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
     """Dtype of a model-only final save."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"

@@ -38,10 +38,12 @@ from trainer.checkpoint.files import CheckpointError
 from trainer.checkpoint.integrity import read_records
 from trainer.checkpoint.manifest import FULL, MODEL_ONLY, Manifest
 from trainer.checkpoint.ranks import Ranks
-from trainer.checkpoint.state import RunState
+from trainer.checkpoint.state import RunState, model_tensors
 from trainer.checkpoint.writer import Box, Plan, local_data, make_plan, to_host, write_checkpoint
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.load import Loaded
+from trainer.interop.export import load_in_run, open_for_run, save_in_run
+from trainer.interop.hf_folder import HfFolder
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class CheckpointManager:
         self._last_step = loaded.config.training.steps
         self._root = Path(loaded.config.job.dump_folder) / self._config.folder
         self._found: Found | None = None
+        self._hf: HfFolder | None = None
         self._lock: int | None = None
         self._saved_step = -1
         self._writing: threading.Thread | None = None
@@ -73,6 +76,8 @@ class CheckpointManager:
                 self._ranks.first_does(self._take_folder)
             if not self._config.create_seed_checkpoint:
                 self._found = choose(self._config, self._root, self._ranks)
+                if self._found is None and self._config.initial_load_in_hf:
+                    self._hf = self._ranks.first_does(partial(open_for_run, loaded.config))
 
     @property
     def active(self) -> bool:
@@ -100,8 +105,7 @@ class CheckpointManager:
         """
         found = self._found
         if found is None:
-            if self.active and not self._config.create_seed_checkpoint:
-                log.info("checkpoint: none in %s, starting from fresh weights", self._root)
+            self._begin(state)
             return 0, 0
         started = time.perf_counter()
         manifest = found.manifest
@@ -151,6 +155,9 @@ class CheckpointManager:
         self._wait()
         self._raise_failure(must_succeed=False)
         started = time.perf_counter()
+        if step == self._last_step and self._config.last_save_in_hf:
+            self._save_hf(state, step)
+            return
         model_only = step == 0 or (step == self._last_step and self._config.last_save_model_only)
         content = MODEL_ONLY if model_only else FULL
         export = _EXPORT[self._config.export_dtype] if model_only and step > 0 else None
@@ -177,6 +184,24 @@ class CheckpointManager:
         self._wait()
         self._raise_failure(must_succeed=False)
         self._release()
+
+    def _begin(self, state: RunState) -> None:
+        """Begin a run without a checkpoint of Octavo's."""
+        folder, started = self._hf, time.perf_counter()
+        if folder is not None:
+            with self._ending():
+                self._ranks.all_do(lambda: load_in_run(folder, model_tensors(state.model)))
+            log.info("checkpoint: weights from %s (Hugging Face, %.1fs)", folder.path, _since(started))
+        elif self.active and not self._config.create_seed_checkpoint:
+            log.info("checkpoint: none in %s, starting from fresh weights", self._root)
+
+    def _save_hf(self, state: RunState, step: int) -> None:
+        started = time.perf_counter()
+        with self._ending():
+            tensors = model_tensors(state.model)
+            target = save_in_run(self._loaded.config, self._root, step, tensors, self._ranks)
+        self._saved_step = step
+        log.info("checkpoint: saved %s (Hugging Face, %.1fs)", target, _since(started))
 
     def _wait(self) -> None:
         if self._writing is not None:

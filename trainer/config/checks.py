@@ -189,6 +189,13 @@ def _combination_problems(loaded: Loaded) -> Iterator[Problem]:
         yield loaded.problem("checkpoint.keep_latest_k", message)
     if c.checkpoint.last_save_in_hf and not c.checkpoint.last_save_model_only:
         yield loaded.problem("checkpoint.last_save_in_hf", "needs checkpoint.last_save_model_only")
+    if c.checkpoint.initial_load_in_hf and not c.checkpoint.initial_load_model_only:
+        message = "a Hugging Face folder holds the weights only: leave initial_load_model_only on"
+        yield loaded.problem("checkpoint.initial_load_in_hf", message)
+    spec = MODELS.get(c.model.name)
+    for key in ("initial_load_in_hf", "last_save_in_hf"):
+        if getattr(c.checkpoint, key) and spec is not None and spec.huggingface is None:
+            yield loaded.problem(f"checkpoint.{key}", f"{c.model.name} has no Hugging Face format")
     if c.optimizer.early_step_in_backward and c.training.global_batch_size != -1:
         message = (
             "steps inside backward, so gradients cannot accumulate: leave training.global_batch_size at -1"
@@ -233,12 +240,10 @@ def unavailable(loaded: Loaded) -> list[Problem]:
             p.context_parallel_degree > 1 and p.context_parallel_load_balancer == "ptrr",
             "the load balancer 'ptrr' (there are 'headtail' and none)",
         ),
-        ("checkpoint.last_save_in_hf", c.checkpoint.last_save_in_hf, "export to Hugging Face's format"),
-        ("checkpoint.initial_load_in_hf", c.checkpoint.initial_load_in_hf, "loading Hugging Face's format"),
         (
             "checkpoint.initial_load_in_hf_quantized",
             c.checkpoint.initial_load_in_hf_quantized,
-            "loading Hugging Face's format",
+            "reading block-quantized weights (DeepSeek's form, which no Llama is published in)",
         ),
         (
             "checkpoint.async_mode",
