@@ -9,7 +9,8 @@ import pytest
 
 from trainer.commands.tokenizer import train_tokenizer
 from trainer.data.paths import PROJECT_ROOT
-from trainer.data.tokenizer import build_tokenizer, llama3_special_tokens
+from trainer.data.tokenizer import build_tokenizer
+from trainer.data.tokenizer_models import llama3_special_tokens
 
 ASSET = str(PROJECT_ROOT / "tests/assets/tokenizer")
 TEXTS = [
