@@ -37,6 +37,7 @@ class DatasetRow:
         note: What a user must know about a run on the default path; the trainer logs it once.
         files: The files that ``path`` stands for; what changed in them since a checkpoint is noticed.
         hub: The Hugging Face reference that ``path`` stands for, or None where it stands for files.
+        is_records: A given ``path`` is local files that `trainer.data.records` reads.
         is_tokens: ``path`` is a folder of token files, and ``documents`` is not called.
     """
 
@@ -47,6 +48,7 @@ class DatasetRow:
     note: str | None = None
     files: Callable[[str | None], list[Path]] | None = None
     hub: Callable[[str | None], str | None] | None = None
+    is_records: bool = False
     is_tokens: bool = False
 
 
@@ -117,6 +119,7 @@ def _c4_row(description: str, split: str) -> DatasetRow:
         default_path="allenai/c4",
         files=lambda path: [] if path is None else list_files(path),
         hub=partial(_c4_reference, split),
+        is_records=True,
     )
 
 
@@ -169,12 +172,14 @@ DATASETS: dict[str, DatasetRow] = {
             "set training.dataset_path to read a local sample"
         ),
         files=_c4_test_files,
+        is_records=True,
     ),
     "text_files": DatasetRow(
         description="Local .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet files at dataset_path",
         documents=lambda path, order: read_local_files(_text_path(path), order),
         check=lambda path: list_files(_text_path(path)),
         files=lambda path: list_files(_text_path(path)),
+        is_records=True,
     ),
     "token_files": DatasetRow(
         description="Tokens at dataset_path, a folder that `octavo tokenize` wrote",

@@ -110,7 +110,7 @@ class TextStream:
             self.tokenizer.splits_at_lines,
         )
         part, index, expected = position.part, position.document, position.name
-        for batch, encoded in encode_batches(_batches(self.source(order)), self.tokenizer, self.threads):
+        for batch, encoded in encode_batches(batch_documents(self.source(order)), self.tokenizer, self.threads):
             for document, ids in zip(batch, encoded, strict=True):
                 if expected is not None:
                     _check_same(expected, document.name, position)
@@ -191,14 +191,17 @@ def _check_same(expected: str, got: str, position: StreamPosition) -> None:
         )
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+def batch_documents(
+    documents: Iterator[Document], most: int = BATCH_DOCUMENTS, characters: int = BATCH_CHARACTERS
+) -> Iterator[list[Document]]:
+    """Documents in lists of at most ``most``, or about ``characters``."""
     batch: list[Document] = []
-    characters = 0
+    held = 0
     for document in documents:
         batch.append(document)
-        characters += len(document.text)
-        if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+        held += len(document.text)
+        if len(batch) >= most or held >= characters:
             yield batch
-            batch, characters = [], 0
+            batch, held = [], 0
     if batch:
         yield batch

@@ -25,11 +25,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from trainer.data.paths import describe_candidates, resolve_path
+
+if TYPE_CHECKING:  # a configuration is checked without numpy
+    import numpy as np
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "original/tokenizer.model")
 
@@ -150,6 +151,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of many texts; the library's threads are the process's, whoever calls."""
+        import numpy as np
+
         return [np.array(ids, dtype=np.uint32) for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -184,8 +187,6 @@ def build_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         ValueError: No tokenizer is there, it cannot be read, or it has no end-of-text token.
     """
-    from trainer.data.tokenizer_models import SentencePieceTokenizer, TekkenTokenizer, TiktokenTokenizer
-
     file = find_tokenizer_file(str(path))
     if file.stat().st_size > _LARGEST_FILE_BYTES:
         raise ValueError(
@@ -196,10 +197,12 @@ def build_tokenizer(path: str | Path) -> Tokenizer:
     # share a host share its cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("RAYON_NUM_THREADS", str(tokenizer_threads()))
-    if file.name.startswith("tekken"):
-        return TekkenTokenizer(file)
-    if file.suffix == ".json":
+    if file.suffix == ".json" and not file.name.startswith("tekken"):
         return HuggingFaceTokenizer(file)
+    from trainer.data.tokenizer_models import SentencePieceTokenizer, TekkenTokenizer, TiktokenTokenizer
+
+    if file.suffix == ".json":
+        return TekkenTokenizer(file)
     with file.open("rb") as lines:
         is_tiktoken = re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+\s*", lines.readline(1024)) is not None
     return TiktokenTokenizer(file) if is_tiktoken else SentencePieceTokenizer(file)
