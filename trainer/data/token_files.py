@@ -143,9 +143,6 @@ class TokenFiles:
             bos = self._bos[:0] if document == 0 and absent else self._bos
             eos = self._eos[:0] if document == documents - 1 and not closes else self._eos
             low, high = shard.offset(document), shard.offset(document + 1)
-            if not 0 <= low <= high <= shard.entry.tokens or begin > first:
-                raise ValueError(f"{shard.place}.idx: document {document} has offsets {low} and {high}\n"
-                                 "  the file is damaged: copy it again, or tokenize again")
             end = begin + len(bos) + (high - low) + len(eos)
             wanted_first, wanted_last = first - begin, min(last, end) - begin
             inner_first = max(0, wanted_first - len(bos))
@@ -167,6 +164,7 @@ class TokenFiles:
             if place not in self._verified:
                 _check_digest(self.manifest.folder / f"{entry.name}.idx", entry.idx_sha256)
                 self._verified[place] = bytearray(-(-entry.tokens * self._item_bytes // BLOCK_BYTES))
+                _Shard(self.manifest, entry, self._verified[place]).check_offsets()
             self._open[place] = _Shard(self.manifest, entry, self._verified[place])
             if len(self._open) > _OPEN_SHARDS:  # each holds a file descriptor or two
                 self._open.popitem(last=False)
@@ -186,6 +184,19 @@ class _Shard:
         self._offsets = index[:cut].view("<u8")
         self._checksums = index[cut:].view("<u4")
         self._verified = verified
+
+    def check_offsets(self) -> None:
+        """Check that the documents follow each other from the first token to the last.
+
+        Raises:
+            ValueError: They do not.
+        """
+        steps = np.diff(self._offsets.astype(np.int64))
+        if self._offsets[0] != 0 or self._offsets[-1] != self.entry.tokens or not (steps > 0).all():
+            raise ValueError(
+                f"{self.place}.idx: its offsets do not lead from 0 to {self.entry.tokens}\n"
+                "  the file is damaged: copy it again, or tokenize again"
+            )
 
     def offset(self, document: int) -> int:
         """First token of a document."""

@@ -132,7 +132,7 @@ def read_manifest(path: str) -> TokenManifest:
 
 def _manifest(file: Path, values: dict[str, Any], digest: str) -> TokenManifest:
     dtype = values.get("dtype")
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise _malformed(file, f"dtype is {_shown(dtype)}; allowed: {', '.join(ITEM_BYTES)}")
     tokenizer = values.get("tokenizer")
     if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("fingerprint"), str):
@@ -151,7 +151,7 @@ def _manifest(file: Path, values: dict[str, Any], digest: str) -> TokenManifest:
             )
     if shards[0].continues:
         raise _malformed(file, f"{shards[0].name} continues a shard before the first one")
-    return TokenManifest(file.parent, str(dtype), tokenizer["fingerprint"], vocab_size, shards, digest)
+    return TokenManifest(file.parent, dtype, tokenizer["fingerprint"], vocab_size, shards, digest)
 
 
 def _shard(file: Path, row: Any, place: int) -> ShardEntry:
