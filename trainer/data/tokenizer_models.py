@@ -131,6 +131,8 @@ class SentencePieceTokenizer(Tokenizer):
 
         data = file.read_bytes()
         with reading(file, "SentencePiece tokenizer"):
+            if not data:  # the library takes it for "no model yet"
+                raise ValueError("the file is empty")
             self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=data)
             self.vocab_size = self._processor.vocab_size()
         bos_id = self._processor.bos_id()
