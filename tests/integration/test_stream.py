@@ -66,16 +66,10 @@ def tokens(tmp_path_factory):
 def test_one_stream_for_one_two_and_four_processes_across_a_resume(tmp_path, tokens):
     """A mixture of text and token files; accumulation of 4, 2 and 1; stopped at a step drawn at random."""
     mixture = f"--training.mixture=python_sources=2,token_files:{tokens}=1"
-    whole = run(
-        tmp_path / "one", 1, mixture, f"--training.steps={STEPS}", "--training.local_batch_size=2"
-    )
+    whole = run(tmp_path / "one", 1, mixture, f"--training.steps={STEPS}", "--training.local_batch_size=2")
     assert whole.shape == (STEPS * SEQUENCES, 3, 32)
     stop = int(np.random.default_rng().integers(1, STEPS))
-    first = run(
-        tmp_path / "two", 2, mixture, f"--training.steps={stop}", "--training.local_batch_size=2"
-    )
-    second = run(
-        tmp_path / "two", 4, mixture, f"--training.steps={STEPS}", "--training.local_batch_size=2"
-    )
+    first = run(tmp_path / "two", 2, mixture, f"--training.steps={stop}", "--training.local_batch_size=2")
+    second = run(tmp_path / "two", 4, mixture, f"--training.steps={STEPS}", "--training.local_batch_size=2")
     assert len(first) == stop * SEQUENCES
     assert digest(np.concatenate([first, second])) == digest(whole), f"stopped after step {stop}"

@@ -100,9 +100,8 @@ def _verify(src: str) -> Path:
     from trainer.data.token_files import verify_token_files
 
     manifest = verify_token_files(src)
-    print(
-        f"{manifest.folder}: {len(manifest.shards):,} shards, {manifest.tokens:,} tokens: every file is as written"
-    )
+    counts = f"{len(manifest.shards):,} shards, {manifest.tokens:,} tokens"
+    print(f"{manifest.folder}: {counts}: every file is as written")
     return manifest.folder
 
 
@@ -173,9 +172,7 @@ def _run(job: Any, units: list[Any], workers: int) -> list[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     progress, stop = context.Array("q", 2), context.Event()
     bar = _Bar(progress, sum(unit.size for unit in left), len(left))
-    pool = ProcessPoolExecutor(
-        min(workers, max(1, len(left))), context, start_process, (job, progress, stop)
-    )
+    pool = ProcessPoolExecutor(min(workers, max(1, len(left))), context, start_process, (job, progress, stop))
     try:
         futures = {pool.submit(tokenize_unit, unit): unit.number for unit in left}
         waiting = set(futures)
@@ -247,7 +244,9 @@ class _Bar:
             f"[{drawn:<{width}}] {share:4.0%}  shard {done_units} of {self._units}  "
             f"{text / 1e6:,.0f} MB of text  {text / 1e6 / seconds:,.1f} MB/s  {left}"
         )
-        print(f"\r{line}\033[K" if self._terminal else line, end="" if self._terminal else "\n", file=sys.stderr)
+        print(
+            f"\r{line}\033[K" if self._terminal else line, end="" if self._terminal else "\n", file=sys.stderr
+        )
 
     def end(self) -> None:
         """Leave the terminal's line clean."""
@@ -255,7 +254,9 @@ class _Bar:
             print("\r\033[K", end="", file=sys.stderr)
 
 
-def _write_index(folder: Path, part: str, records: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+def _write_index(
+    folder: Path, part: str, records: list[dict[str, Any]], facts: dict[str, Any]
+) -> dict[str, Any]:
     """Write a folder's index and copy the tokenizer; the totals."""
     from trainer.data.token_manifest import FORMAT, INDEX_FILE, VERSION
 

@@ -29,8 +29,8 @@ def preflight(argv: Sequence[str], world_size: int) -> Loaded:
 def _input_problems(loaded: Loaded) -> list[Problem]:
     """Files and folders that the run will read."""
     found: list[Problem] = []
-    for key, check in _data_checks(loaded):
-        _collect(found, loaded, key, check)
+    for key, data_check in _data_checks(loaded):
+        _collect(found, loaded, key, data_check)
     path, model = loaded.config.model.hf_assets_path, loaded.config.model
     if model.name in MODELS and model.flavor in MODELS[model.name].flavors:
         size = checks.model_config(loaded.config).vocab_size

@@ -138,7 +138,9 @@ def _given(name: str, what: str, path: str | None) -> str:
 
 
 _text_path = partial(
-    _given, "text_files", "a file, a folder or a glob of .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet files"
+    _given,
+    "text_files",
+    "a file, a folder or a glob of .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet files",
 )
 _hub_path = partial(_given, "hugging_face", "NAME[:CONFIG][@SPLIT], allenai/c4:en@train say")
 _tokens_path = partial(_given, "token_files", "the folder that `octavo tokenize` wrote")

@@ -83,7 +83,7 @@ class DocumentOrder(NamedTuple):
     start: int = 0
     part: int = 0
     text_field: str = "text"
-    bad_data: BadData = BadData()  # noqa: RUF012  (refuses: holds no state)
+    bad_data: BadData = BadData()
     pieces: bool = False
 
     def shuffle(self, items: list[Any], salt: str = "") -> None:

@@ -110,7 +110,9 @@ class TextStream:
             self.tokenizer.splits_at_lines,
         )
         part, index, expected = position.part, position.document, position.name
-        for batch, encoded in encode_batches(batch_documents(self.source(order)), self.tokenizer, self.threads):
+        for batch, encoded in encode_batches(
+            batch_documents(self.source(order)), self.tokenizer, self.threads
+        ):
             for document, ids in zip(batch, encoded, strict=True):
                 if expected is not None:
                     _check_same(expected, document.name, position)
@@ -172,7 +174,7 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]
 
 
 def text_pieces(text: str) -> Iterator[str]:
-    """Cut a text where a line begins with an ASCII letter, at the first such place after each piece's least."""
+    """Cut a text where a line begins with an ASCII letter, not before each piece is long enough."""
     start = 0
     while cut := _CUT.search(text, start + PIECE_CHARACTERS):
         yield text[start : cut.end()]

@@ -69,7 +69,9 @@ def read_local_files(path: str, order: DocumentOrder) -> Iterator[Document]:
             yield record()
 
 
-def shuffle_blocks(records: Iterator[Record], order: DocumentOrder, name: str, first: int) -> Iterator[Record]:
+def shuffle_blocks(
+    records: Iterator[Record], order: DocumentOrder, name: str, first: int
+) -> Iterator[Record]:
     """Shuffle block by block; ``records`` begins with block number ``first``."""
     for number in range(first, 2**62):
         block = list(islice(records, SHUFFLE_BLOCK_RECORDS))

@@ -105,7 +105,9 @@ def _even(counts: Sequence[int]) -> list[int]:
     given = [0] * len(counts)
     for place in range(1, sum(counts) + 1):
         behind = [count * place / PERIOD - done for count, done in zip(counts, given, strict=True)]
-        behind = [gap if done < count else -math.inf for gap, count, done in zip(behind, counts, given, strict=True)]
+        behind = [
+            gap if done < count else -math.inf for gap, count, done in zip(behind, counts, given, strict=True)
+        ]
         chosen = behind.index(max(behind))
         given[chosen] += 1
         pattern.append(chosen)

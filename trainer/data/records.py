@@ -182,23 +182,21 @@ def _json_lines_records(file: Path, request: DocumentOrder, part: int, span: Spa
                 if place > 0:
                     lines.seek(place - 1)
                     place += len(lines.readline()) - 1  # the line that began in the span before
-            number = 0
-            for line in lines:
+            for number, line in enumerate(lines, start=1):
                 if stop is not None and place >= stop:
                     break
-                number += 1
                 if line.strip():
                     yield partial(_json_line_record, file, part, number, line, request, span)
                 place += len(line)
     except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
         if not compressed:
             raise
-        kind = "gzip" if file.name.endswith(".gz") else "Zstandard"
+        kind, tool = ("gzip", "gzip") if file.name.endswith(".gz") else ("Zstandard", "zstd")
         request.bad_data.reject(
             ValueError(
                 f"{file}: damaged {kind} file\n"
                 f"  got: {error}\n"
-                f"  download or compress the file again; `{'gzip' if kind == 'gzip' else 'zstd'} --test` checks it"
+                f"  download or compress the file again; `{tool} --test` checks it"
             )
         )
 

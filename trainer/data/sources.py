@@ -184,7 +184,8 @@ class TokenSource:
         manifest = self._files.manifest
         if manifest.tokenizer != settings.tokenizer.fingerprint:
             raise ValueError(
-                f"{path}: was written with another tokenizer ({manifest.tokenizer}, {manifest.vocab_size} ids)\n"
+                f"{path}: was written with another tokenizer ({manifest.tokenizer}, "
+                f"{manifest.vocab_size} ids)\n"
                 f"  this run's model.hf_assets_path is {settings.tokenizer.fingerprint}, "
                 f"{settings.tokenizer.vocab_size} ids\n"
                 f"  set model.hf_assets_path={path}/tokenizer, or tokenize again"

@@ -60,9 +60,7 @@ class TokenFiles:
             fewer than two tokens.
     """
 
-    def __init__(
-        self, path: str, seq_len: int, seed: int | None, bos: list[int], eos: list[int]
-    ) -> None:
+    def __init__(self, path: str, seq_len: int, seed: int | None, bos: list[int], eos: list[int]) -> None:
         self.manifest = read_manifest(path)
         self._seq_len, self._seed = seq_len, seed
         self._bos, self._eos = (np.array(ids, dtype=np.int64) for ids in (bos, eos))
@@ -77,7 +75,9 @@ class TokenFiles:
             extra += len(eos) * (shard.documents - (not closes))
             self._starts.append(self._starts[-1] + shard.tokens + extra)
         if self._starts[-1] < 2:
-            raise ValueError(f"{path}: {self._starts[-1]} token, and nothing to predict\n  tokenize more text")
+            raise ValueError(
+                f"{path}: {self._starts[-1]} token, and nothing to predict\n  tokenize more text"
+            )
         self.tokens = self._starts[-1]
         self.windows_per_epoch = self.count_windows(self.tokens, seq_len)
         self._order = lru_cache(maxsize=2)(self._permutation)
@@ -150,9 +150,7 @@ class TokenFiles:
             middle = shard.read(low + inner_first, low + max(inner_first, inner_last))
             tail_first = max(0, wanted_first - len(bos) - (high - low))
             tail_last = max(0, wanted_last - len(bos) - (high - low))
-            pieces.append(
-                np.concatenate([bos[wanted_first:wanted_last], middle, eos[tail_first:tail_last]])
-            )
+            pieces.append(np.concatenate([bos[wanted_first:wanted_last], middle, eos[tail_first:tail_last]]))
             first, document = min(last, end), document + 1
         return pieces
 
@@ -226,7 +224,7 @@ class _Shard:
         """
         per_block = BLOCK_BYTES // self._ids.itemsize
         ids = self._ids[block * per_block : (block + 1) * per_block]
-        if zlib.crc32(ids) != int(self._checksums[block]):
+        if zlib.crc32(ids.data) != int(self._checksums[block]):
             raise ValueError(
                 f"{self.place}.bin: changed since it was written, or damaged\n"
                 f"  at tokens {block * per_block:,} to {block * per_block + len(ids) - 1:,}\n"

@@ -77,6 +77,7 @@ def plan_units(source: TextSource, splits_at_lines: bool) -> list[Unit]:
     """
     row = dataset_row(source.dataset)
     reference = row.hub(source.path) if row.hub else None
+    parts: list[_Part]
     if reference is not None:
         parts = [(0, (), None, shard) for shard in range(count_shards(reference))]
     elif row.is_records and source.path is not None and row.files is not None:

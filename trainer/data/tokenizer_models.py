@@ -37,7 +37,7 @@ TEKKEN_SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 # tiktoken's regex engine gives up on a million whitespace characters in a row. Llama 3's own tokenizer cuts
 # such runs (and others) into pieces of 25,000; here only what tiktoken cannot take is cut.
 _LONGEST_BLANK = 900_000
-_BLANK = re.compile(r"\s{%d,}" % _LONGEST_BLANK)
+_BLANK = re.compile(rf"\s{{{_LONGEST_BLANK},}}")
 _BLANK_PIECE = 25_000
 
 

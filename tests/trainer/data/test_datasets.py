@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import types
 
 import pytest
 
@@ -50,9 +49,7 @@ def test_python_sources_of_another_folder(tmp_path):
     (tmp_path / "tests" / "test_a.py").write_text("no")
     (tmp_path / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\nx = '\xe9'\n")
     documents = list(DATASETS["python_sources"].documents(str(tmp_path), DocumentOrder()))
-    assert [document[:2] for document in documents] == [
-        ("latin.py", "# -*- coding: latin-1 -*-\nx = 'é'\n")
-    ]
+    assert [document[:2] for document in documents] == [("latin.py", "# -*- coding: latin-1 -*-\nx = 'é'\n")]
     (tmp_path / "latin.py").write_bytes(b"x = '\xe9'\n")
     with pytest.raises(ValueError, match=r"latin\.py: cannot be decoded as Python source"):
         names("python_sources", path=str(tmp_path))

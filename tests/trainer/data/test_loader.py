@@ -13,8 +13,8 @@ import torch
 
 from trainer.data.datasets import DATASETS, DatasetRow
 from trainer.data.documents import Document, DocumentOrder
-from trainer.data.loader import build_dataloader
 from trainer.data.encode import StreamPosition
+from trainer.data.loader import build_dataloader
 from trainer.data.packing import IGNORED_LABEL, Window
 from trainer.data.shuffle import ShuffledPosition, shuffle_windows, windows_per_block
 
@@ -235,7 +235,12 @@ def test_the_thread_stays_within_its_bound(tokenizer, monkeypatch):
     monkeypatch.setitem(DATASETS, "endless", DatasetRow("endless", endless, lambda path: None))
     tokens = len(tokenizer.encode("x" * 300_000)) + 2
     loader = build_dataloader(
-        dataset="endless", tokenizer=tokenizer, seq_len=tokens, local_batch_size=1, prefetch_factor=2, num_workers=2
+        dataset="endless",
+        tokenizer=tokenizer,
+        seq_len=tokens,
+        local_batch_size=1,
+        prefetch_factor=2,
+        num_workers=2,
     )
     take(loader, 3)
     threading.Event().wait(0.5)

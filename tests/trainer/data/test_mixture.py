@@ -36,7 +36,9 @@ def test_a_weight_that_rounds_to_nothing_is_refused():
         parse_mixture(["c4=1", "python_sources=1e-5"])
 
 
-@pytest.mark.parametrize("weights", [[1.0], [3, 1], [0.5, 0.3, 0.2], [1, 1000], [1 / 3] * 3, list(range(1, 20))])
+@pytest.mark.parametrize(
+    "weights", [[1.0], [3, 1], [0.5, 0.3, 0.2], [1, 1000], [1 / 3] * 3, list(range(1, 20))]
+)
 def test_shares_hold_everywhere(weights):
     schedule = Schedule(weights, seed=5)
     drawn = [schedule.source(n) for n in range(2 * PERIOD)]

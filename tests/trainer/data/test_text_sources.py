@@ -53,7 +53,9 @@ def test_any_part_and_start_is_the_rest_of_the_order(corpus, monkeypatch, pieces
 def test_files_before_the_part_are_not_opened(corpus, monkeypatch):
     opened = []
     read = local_files.read_records
-    monkeypatch.setattr(local_files, "read_records", lambda file, *a: opened.append(file.name) or read(file, *a))
+    monkeypatch.setattr(
+        local_files, "read_records", lambda file, *a: opened.append(file.name) or read(file, *a)
+    )
     list(read_local_files(str(corpus), DocumentOrder(part=5)))
     assert len(opened) == 2
 
@@ -81,7 +83,8 @@ def test_resume_in_files_of_every_kind(corpus, tokenizer, monkeypatch, consumed)
 def test_the_threads_change_nothing(corpus, tokenizer):
     settings = {"dataset": "text_files", "dataset_path": str(corpus), "tokenizer": tokenizer, "seq_len": 64}
     rows = [
-        take(build_dataloader(**settings, local_batch_size=4, num_workers=threads), 60) for threads in (1, 2, 5)
+        take(build_dataloader(**settings, local_batch_size=4, num_workers=threads), 60)
+        for threads in (1, 2, 5)
     ]
     np.testing.assert_array_equal(rows[0], rows[1])
     np.testing.assert_array_equal(rows[0], rows[2])
@@ -90,7 +93,12 @@ def test_the_threads_change_nothing(corpus, tokenizer):
 def test_a_text_in_pieces_is_one_document(tmp_path, tokenizer, monkeypatch):
     text = "".join(f"Line {i} of it\n  indented\n" for i in range(300))
     (tmp_path / "a.txt").write_text(text)
-    settings = {"dataset": "text_files", "dataset_path": str(tmp_path), "tokenizer": tokenizer, "infinite": False}
+    settings = {
+        "dataset": "text_files",
+        "dataset_path": str(tmp_path),
+        "tokenizer": tokenizer,
+        "infinite": False,
+    }
     whole, pieces = [], []
     for size, found in ((1 << 20, whole), (100, pieces)):
         monkeypatch.setattr(records, "PIECE_BYTES", size)
@@ -200,7 +208,9 @@ def hub_folder(tmp_path):
     for shard in range(3):
         rows = pa.table({"content": [f"shard {shard} row {i}" for i in range(50)], "id": list(range(50))})
         pq.write_table(rows, folder / f"train-0000{shard}-of-00003.parquet")
-    datasets.Dataset.from_dict({"content": [f"saved {i}" for i in range(70)]}).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_dict({"content": [f"saved {i}" for i in range(70)]}).save_to_disk(
+        tmp_path / "saved"
+    )
     return tmp_path
 
 

@@ -27,7 +27,24 @@ from trainer.data.paths import PROJECT_ROOT
 from trainer.data.token_manifest import read_manifest
 
 ASSET = str(PROJECT_ROOT / "tests/assets/tokenizer")
-WORDS = "lorem ipsum dolor sit amet, Grüße naïve 東京 🦙 def f(x): return x\n\n  \tfoo\r\nBar baz\n".split(" ")
+WORDS = [
+    "lorem",
+    "ipsum",
+    "dolor",
+    "sit",
+    "amet,",
+    "Grüße",
+    "naïve",
+    "東京",
+    "🦙",
+    "def",
+    "f(x):",
+    "return",
+    "x\n\n",
+    "",
+    "\tfoo\r\nBar",
+    "baz\n",
+]
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -88,7 +105,9 @@ def test_the_tokens_are_those_of_every_document(corpus, tmp_path, tokenizer):
     manifest = read_manifest(str(out))
     assert len(manifest.shards) > 8
     assert any(shard.continues for shard in manifest.shards)  # d.txt is cut
-    documents = [document.text for document in read_local_files(str(corpus), DocumentOrder()) if document.text]
+    documents = [
+        document.text for document in read_local_files(str(corpus), DocumentOrder()) if document.text
+    ]
     assert manifest.documents == len(documents)
     expected = sorted(tuple(tokenizer.encode(text)) for text in documents)
     found: list[tuple[int, ...]] = []
@@ -140,8 +159,8 @@ def test_killed_and_run_again(corpus, tmp_path, capsys):
             tokenize(str(corpus), str(out), workers=2, tokenizer=ASSET)
             break
         except ValueError as error:  # its worker notices within moments that its parent is gone
-            assert "another octavo tokenize" in str(error)
-            assert time.monotonic() < deadline
+            if "another octavo tokenize" not in str(error) or time.monotonic() > deadline:
+                raise
     assert "going on: " in capsys.readouterr().out
     assert digest(out) == whole
     assert "nothing to do" not in capsys.readouterr().out

@@ -172,7 +172,9 @@ def llama3_lines() -> list[str]:
 def test_damaged_tiktoken_files_are_refused(tmp_path, spoil):
     file = tmp_path / "tokenizer.model"
     file.write_text("".join(spoil(llama3_lines())))
-    with pytest.raises(ValueError, match=r"tokenizer\.model: cannot be read as a tiktoken tokenizer") as caught:
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.model: cannot be read as a tiktoken tokenizer"
+    ) as caught:
         build_tokenizer(file)
     assert str(caught.value).count("\n") <= 2
 
@@ -191,7 +193,7 @@ HOSTILE_JSON = {
     "deep": b"[" * 100_000,
     "binary": bytes(range(256)),
     "empty": b"",
-    "no vocabulary": b'{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}',
+    "no vocabulary": b'{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}',
     "another model": b'{"version": "1.0", "added_tokens": [], "model": {"type": "Pickle"}}',
     "pickle": b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x02id\x85R.",
 }
@@ -241,3 +243,17 @@ def test_pieces_have_the_ids_of_the_whole(tokenizer, text):
     assert tokenizer.splits_at_lines
     cut = re.split(r"(?<=\n)(?=[A-Za-z])", text)
     assert [i for piece in cut for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+def test_a_sentencepiece_model_is_trained(tmp_path, capsys):
+    settings = {"dataset": "python_sources_validation", "vocab_size": 500, "kind": "sentencepiece"}
+    folders = [train_tokenizer(**settings, out=str(tmp_path / name), max_characters=300_000) for name in "ab"]
+    files = [(folder / "tokenizer.model").read_bytes() for folder in folders]
+    assert files[0] == files[1]
+    loaded = build_tokenizer(folders[0])
+    assert (loaded.vocab_size, loaded.bos_id, loaded.eos_id) == (500, 1, 2)
+    assert [loaded.decode(ids) for ids in loaded.encode_batch(TEXTS)] == TEXTS
+    assert len(loaded.encode("    def main(self):")) < 12
+    (tmp_path / "a.jsonl").write_text('{"text": "abababab"}\n' * 50)
+    with pytest.raises(ValueError, match="but the text of 'text_files' yields"):
+        train_tokenizer("text_files", str(tmp_path), 5000, str(tmp_path / "c"), kind="sentencepiece")

@@ -32,7 +32,7 @@ TEXTS = [
     "Grüße, naïve café; Ελληνικά, Русский, עברית, العربية, हिन्दी, ไทย, 한국어, 日本語, 中文简体, Tiếng Việt",
     "e\u0301 \u00e9 ﬁ ½ ① Ａ \u1e9b\u0323 \u0130i ß ſ \u212b",  # forms that a normalizer would change
     "def f(x: int) -> int:\n\treturn {'a': [1, 22, 333, 4444]}[x]  # ok\r\n\r\n\r\n\t\t    pass\n    \n",
-    "#include <stdio.h>\nint main(void) { return printf(\"%d\\n\", 0x7fffffff); } // done\n/* */\n",
+    '#include <stdio.h>\nint main(void) { return printf("%d\\n", 0x7fffffff); } // done\n/* */\n',
     "🦙 👩‍👩‍👧‍👦 👍🏽 🇩🇪 ❤️ \U0001f9ff\u200d ⚠︎",
     "\x00\x01\x07\x08\x0b\x0c\x1b[0m\x7f\x80\x85\u00a0\u00ad\u200b\u2028\u2029\u202e\ufeff\ufffd\ufffe\U0010ffff",
     "   leading, trailing   \n \n  \t \n",
@@ -56,7 +56,9 @@ def download(package: str) -> Path:
     if not list(cache.glob(pattern)):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache)]
         try:
-            done = subprocess.run([*command, requirement], capture_output=True, text=True, timeout=120, check=False)
+            done = subprocess.run(
+                [*command, requirement], capture_output=True, text=True, timeout=120, check=False
+            )
         except subprocess.TimeoutExpired:
             pytest.skip(f"{package} could not be downloaded within two minutes")
         if done.returncode:
@@ -165,7 +167,10 @@ def test_tekken(real):
 
 @pytest.mark.parametrize(
     ("package", "name"),
-    [("llama-models", "models/llama3/tokenizer.model"), ("mistral-common", "mistral_common/data/tekken_240911.json")],
+    [
+        ("llama-models", "models/llama3/tokenizer.model"),
+        ("mistral-common", "mistral_common/data/tekken_240911.json"),
+    ],
 )
 def test_long_texts_in_pieces_have_the_ids_of_the_whole(real, monkeypatch, package, name):
     monkeypatch.setattr("trainer.data.encode.PIECE_CHARACTERS", 7)
