@@ -3,9 +3,9 @@
 The stream of windows is a pure function of (datasets, tokenizer, seq_len, seed): windows are numbered
 0, 1, 2, ... over epochs; in a mixture, the number of a window decides which source it comes from
 (`trainer.data.mixture`). Micro-batch m of rank r out of R holds the B windows from
-``first + (m * R + r) * B`` on, where ``first`` is the window at which the run started or resumed. So a step of R ranks with one
-micro-batch each reads the windows that one rank reads in R micro-batches, and a run resumes exactly on
-another number of ranks or another batch size.
+``first + (m * R + r) * B`` on, where ``first`` is the window at which the run started or resumed. So a step
+of R ranks with one micro-batch each reads the windows that one rank reads in R micro-batches, and a run
+resumes exactly on another number of ranks or another batch size.
 
 The state is a position in each source and is the same on every rank. Resuming seeks: token files are
 entered at the very window; of text, the file is opened in which the current block begins, and nothing

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,12 +40,15 @@ class Source(Protocol):
     Attributes:
         label: The source as a user knows it.
         dataset: Its row of the table.
-        identity: What data it reads, as plain values.
     """
 
     label: str
     dataset: str
-    identity: dict[str, Any]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What data it reads, as plain values."""
+        ...
 
     def begin(self) -> Any:
         """The position of the first window."""
@@ -115,10 +118,10 @@ class TextSource:
         settings: StreamSettings,
     ) -> None:
         self.label, self.dataset = label, dataset
-        self.identity = identify_files(row.files(path)) if row.files else {}
-        if row.hub and (reference := row.hub(path)):
-            self.identity = {"reference": reference}
+        self._row, self._path = row, path
         self._settings = settings
+        if settings.infinite:
+            _ = self.identity  # as the files are when the run begins
         self._stream = TextStream(
             source=partial(row.documents, path),
             tokenizer=settings.tokenizer,
@@ -130,6 +133,13 @@ class TextSource:
             bad_data=settings.bad_data,
             threads=settings.threads,
         )
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What data it reads: marks of the files, or the reference."""
+        if self._row.hub and (reference := self._row.hub(self._path)):
+            return {"reference": reference}
+        return identify_files(self._row.files(self._path)) if self._row.files else {}
 
     def begin(self) -> ShuffledPosition:
         """The position of the first window."""
@@ -190,7 +200,11 @@ class TokenSource:
                 f"{settings.tokenizer.vocab_size} ids\n"
                 f"  set model.hf_assets_path={path}/tokenizer, or tokenize again"
             )
-        self.identity = {"index": manifest.digest[:32], "tokens": manifest.tokens}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What data it reads: the index holds the checksums of everything."""
+        return {"index": self._files.manifest.digest[:32], "tokens": self._files.manifest.tokens}
 
     def begin(self) -> int:
         """The position of the first window."""
