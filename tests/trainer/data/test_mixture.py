@@ -103,7 +103,7 @@ def test_resume_on_another_number_of_ranks(entries, tokenizer, consumed, R):
 
 def test_weights_may_change_at_resume_and_sources_may_not(entries, tokenizer):
     loader = build(entries, tokenizer)
-    windows([loader], 20)
+    windows([loader], BLOCK // 2)
     state = loader.state_dict()
     other = build([entries[0], entries[1].replace("=1", "=3")], tokenizer)
     other.load_state_dict(state)
