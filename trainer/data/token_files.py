@@ -32,6 +32,7 @@ from trainer.data.token_manifest import BLOCK_BYTES, ITEM_BYTES, ShardEntry, Tok
 
 _OPEN_SHARDS = 128
 _VERIFIED_WHOLE_BYTES = 1 << 28
+_VERIFIED: set[tuple[object, ...]] = set()
 
 
 class TokenWindow(NamedTuple):
@@ -82,8 +83,7 @@ class TokenFiles:
         self.windows_per_epoch = self.count_windows(self.tokens, seq_len)
         self._order = lru_cache(maxsize=2)(self._permutation)
         if self.manifest.tokens * self._item_bytes <= _VERIFIED_WHOLE_BYTES:
-            for place in range(len(shards)):
-                self._shard(place).verify_whole()
+            self._verify_whole()
 
     @staticmethod
     def count_windows(tokens: int, seq_len: int) -> int:
@@ -109,6 +109,15 @@ class TokenFiles:
         first = index * self._seq_len
         last = min(first + self._seq_len + 1, self._starts[-1])
         return self._stream(first, last)
+
+    def _verify_whole(self) -> None:
+        """Verify every block of every shard, once in a process: validation opens its set again and again."""
+        bins = [self.manifest.folder / f"{shard.name}.bin" for shard in self.manifest.shards]
+        key = (self.manifest.digest, *(file.stat().st_mtime_ns for file in bins))
+        if key not in _VERIFIED:
+            for place in range(len(bins)):
+                self._shard(place).verify_whole()
+            _VERIFIED.add(key)
 
     def _permutation(self, epoch: int) -> Permutation:
         return Permutation(self.windows_per_epoch, "windows", self._seed or 0, epoch)
