@@ -13,6 +13,12 @@ from trainer.data.loader import build_dataloader
 from trainer.data.mixture import BLOCK, PERIOD, Schedule, parse_mixture
 
 
+@pytest.fixture(autouse=True)
+def _short_blocks(monkeypatch):
+    """Blocks of a few windows: less to tokenize for each loader."""
+    monkeypatch.setattr("trainer.data.shuffle.BLOCK_TOKENS", 512)
+
+
 def test_entries_are_read():
     entries = parse_mixture(
         ["c4=0.5", "text_files:/data/lang=en/*.jsonl#content=0.25", "hugging_face:org/name:sub@train=2e-1"]
@@ -55,7 +61,7 @@ def test_the_schedule_is_a_function_of_seed_and_place():
     one, other = Schedule([3, 1], 1), Schedule([3, 1], 2)
     drawn = [one.source(n) for n in range(500)]
     assert [one.source(n) for n in reversed(range(500))] == drawn[::-1]
-    assert [Schedule([3, 1], 1).source(n) for n in range(500)] == drawn
+    assert [Schedule([3, 1], 1).source(n) for n in range(0, 500, 40)] == drawn[::40]
     assert [other.source(n) for n in range(500)] != drawn
     assert len(set(map(tuple, zip(*[iter(drawn)] * 4, strict=False)))) > 4  # not one pattern for ever
 

@@ -18,6 +18,12 @@ from trainer.data.loader import build_dataloader
 from trainer.data.local_files import read_local_files
 
 
+@pytest.fixture(autouse=True)
+def _short_blocks(monkeypatch):
+    """Blocks of a few windows: less to tokenize for each loader."""
+    monkeypatch.setattr("trainer.data.shuffle.BLOCK_TOKENS", 512)
+
+
 @pytest.fixture
 def corpus(tmp_path):
     """Five files of three kinds, 60 documents each, and two long texts."""
