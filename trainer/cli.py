@@ -38,6 +38,7 @@ COMMANDS: dict[str, Command] = {
         "trainer.commands.plan", "memory, shapes, communication and time of a run before it starts"
     ),
     "plot": Command("trainer.commands.plot", "draw the curves of one or more runs", ("plot",)),
+    "tokenize": Command("trainer.commands.tokenize", "turn text into token files", ("tokenize",)),
     "tokenizer": Command("trainer.commands.tokenizer", "train a tokenizer", ("train_tokenizer",)),
 }
 

@@ -16,6 +16,7 @@ from trainer.config.job import JobConfig
 from trainer.config.load import Loaded
 from trainer.config.render import as_json
 from trainer.data.datasets import dataset_note
+from trainer.data.settings import describe_data
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ def announce_run(loaded: Loaded, rank: Rank, mesh: Mesh, seed: int) -> None:
 def announce_data(config: JobConfig, batch: BatchArithmetic) -> None:
     """The batch arithmetic, and where the text is from."""
     training = config.training
-    if note := dataset_note(training.dataset, training.dataset_path):
+    note = None if training.mixture else dataset_note(training.dataset, training.dataset_path)
+    if note:
         log.info("note: %s", note)
     log.info(
         "batch: %d local x %d ranks x %d accumulated = %d sequences of %d: %s tokens per step, from %s",
@@ -53,7 +55,7 @@ def announce_data(config: JobConfig, batch: BatchArithmetic) -> None:
         batch.global_batch_size,
         batch.seq_len,
         f"{batch.tokens_per_step:,}",
-        training.dataset_path or training.dataset,
+        describe_data(config),
     )
 
 

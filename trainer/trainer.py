@@ -38,6 +38,7 @@ from trainer.config.errors import ConfigError, Problem
 from trainer.config.load import Loaded
 from trainer.config.render import as_json
 from trainer.data.loader import Batch, DataLoader, build_dataloader
+from trainer.data.settings import loader_settings
 from trainer.data.tokenizer import build_tokenizer
 from trainer.forward import Forward
 from trainer.loss import cross_entropy_sum
@@ -84,7 +85,6 @@ class Trainer:
         # 3. Data.
         with _as_config_error(loaded, "model.hf_assets_path"):
             self.tokenizer = build_tokenizer(config.model.hf_assets_path)
-        self._check_vocabulary()
         self.data = self._build_data("training", self.seed, infinite=True)
         startup.announce_data(config, self.batch)
 
@@ -261,16 +261,12 @@ class Trainer:
         key = f"{name}.dataset_path" if section.dataset_path else f"{name}.dataset"
         with _as_config_error(self.loaded, key):
             return build_dataloader(
-                dataset=section.dataset,
-                dataset_path=section.dataset_path,
+                **loader_settings(self.config, name),
                 tokenizer=self.tokenizer,
-                seq_len=section.seq_len,
-                local_batch_size=section.local_batch_size,
                 dp_rank=self.mesh.dp_rank,
                 dp_degree=self.mesh.dp_degree,
                 seed=seed,
                 infinite=infinite,
-                prefetch_factor=section.dataloader.prefetch_factor,
                 pin_memory=self.device.type == "cuda",
             )
 
@@ -290,15 +286,6 @@ class Trainer:
                 watch_compile=compiled,
                 run_config={"config": as_json(self.loaded)},
             )
-
-    def _check_vocabulary(self) -> None:
-        size = checks.model_config(self.config).vocab_size
-        if self.tokenizer.vocab_size > size:
-            message = (
-                f"the tokenizer has {self.tokenizer.vocab_size} ids but {self.config.model.flavor} has "
-                f"vocab_size {size}; use its own tokenizer or set model.overrides.vocab_size"
-            )
-            raise ConfigError([self.loaded.problem("model.hf_assets_path", message)])
 
     def _device_names(self) -> list[str]:
         mine = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"

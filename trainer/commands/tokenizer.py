@@ -1,22 +1,28 @@
-"""``octavo tokenizer``: train a byte-level BPE tokenizer on a dataset.
+"""``octavo tokenizer``: train a tokenizer on a dataset.
 
-Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909; over bytes as in GPT-2): the first
-tokens are the special ones, then the 256 bytes, then the merges, most frequent first. Any text can be
-encoded and decodes to itself. Text is split as Llama 3 splits it.
+bpe            byte-level byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909; over bytes as in GPT-2):
+               the first tokens are the special ones, then the 256 bytes, then the merges, most frequent
+               first. Text is split as Llama 3 splits it. Written as tokenizer.json.
+sentencepiece  SentencePiece's BPE (Kudo and Richardson 2018, arXiv 1808.06226) as Llama 2 uses it: digits
+               alone, whitespace kept, bytes for what has no token. Written as tokenizer.model.
 
-The result is a pure function of (dataset, dataset_path, vocab_size, max_characters).
+Any text can be encoded and decodes to itself. The result is a pure function of (kind, dataset, dataset_path,
+text_field, vocab_size, max_characters).
 """
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 BOS_TOKEN = "<|begin_of_text|>"
 EOS_TOKEN = "<|end_of_text|>"
 SMALLEST_VOCABULARY = 256 + 2
+_LONGEST_SENTENCE_BYTES = 16_384
 
 
 def train_tokenizer(
@@ -25,15 +31,19 @@ def train_tokenizer(
     vocab_size: int = 2048,
     out: str = "outputs/tokenizer",
     max_characters: int = 100_000_000,
+    kind: Literal["bpe", "sentencepiece"] = "bpe",
+    text_field: str = "text",
 ) -> Path:
-    """Train a byte-level BPE tokenizer and write it where model.hf_assets_path can find it.
+    """Train a tokenizer and write it where model.hf_assets_path can find it.
 
     Args:
         dataset: The dataset to learn from; the first epoch of its documents is read.
         dataset_path: Where the dataset's files lie, as in training.dataset_path.
-        vocab_size: Number of tokens, the two special ones included.
-        out: Folder for tokenizer.json and tokenizer_config.json.
+        vocab_size: Number of tokens, the special ones included.
+        out: Folder for the tokenizer's files.
         max_characters: Stop reading after this many characters.
+        kind: bpe (tokenizer.json, byte-level) or sentencepiece (tokenizer.model).
+        text_field: Field or column that holds the text, where records have fields.
 
     Returns:
         The folder that was written.
@@ -41,17 +51,31 @@ def train_tokenizer(
     Raises:
         ValueError: The vocabulary is smaller than all bytes, or larger than the text can fill.
     """
-    from tokenizers import Tokenizer, models, trainers
-
     from trainer.data.datasets import check_dataset, dataset_row
     from trainer.data.documents import DocumentOrder
 
-    if vocab_size < SMALLEST_VOCABULARY:
+    if vocab_size < SMALLEST_VOCABULARY + (kind == "sentencepiece"):
         raise ValueError(
             f"vocab_size = {vocab_size} is too small\n"
-            f"  256 bytes and 2 special tokens need at least {SMALLEST_VOCABULARY}"
+            f"  256 bytes and 2 special tokens need at least {SMALLEST_VOCABULARY}; sentencepiece one more"
         )
     check_dataset(dataset, dataset_path)
+    documents = dataset_row(dataset).documents(dataset_path, DocumentOrder(text_field=text_field))
+    counts = {"documents": 0, "characters": 0}
+    texts = _limited((document.text for document in documents), max_characters, counts)
+    folder = Path(out)
+    train = _train_sentencepiece if kind == "sentencepiece" else _train_bpe
+    train(texts, vocab_size, folder, dataset)
+    print(
+        f"tokenizer: {vocab_size:,} tokens from {counts['documents']:,} documents of {dataset} "
+        f"({counts['characters']:,} characters) -> {folder}"
+    )
+    return folder
+
+
+def _train_bpe(texts: Iterator[str], vocab_size: int, folder: Path, dataset: str) -> None:
+    from tokenizers import Tokenizer, models, trainers
+
     tokenizer = Tokenizer(models.BPE())
     _set_pipeline(tokenizer)
     trainer = trainers.BpeTrainer(
@@ -60,24 +84,55 @@ def train_tokenizer(
         initial_alphabet=_byte_alphabet(),
         show_progress=False,
     )
-    documents = dataset_row(dataset).documents(dataset_path, DocumentOrder())
-    counts = {"documents": 0, "characters": 0}
-    tokenizer.train_from_iterator(
-        _limited((document.text for document in documents), max_characters, counts), trainer
-    )
+    tokenizer.train_from_iterator(texts, trainer)
     learnt = tokenizer.get_vocab_size()
     if learnt != vocab_size:
-        raise ValueError(
-            f"vocab_size = {vocab_size}, but the text of {dataset!r} yields only {learnt} tokens\n"
-            "  give more text (max_characters, another dataset) or a smaller vocab_size"
-        )
-    folder = Path(out)
+        raise _too_little_text(vocab_size, dataset, f"only {learnt} tokens")
     _write(tokenizer, folder)
-    print(
-        f"tokenizer: {vocab_size:,} tokens from {counts['documents']:,} documents of {dataset} "
-        f"({counts['characters']:,} characters) -> {folder}"
+
+
+def _train_sentencepiece(texts: Iterator[str], vocab_size: int, folder: Path, dataset: str) -> None:
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            character_coverage=0.9995,
+            max_sentence_length=_LONGEST_SENTENCE_BYTES,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _too_little_text(vocab_size, dataset, str(error).split(": ")[-1]) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+
+
+def _sentences(texts: Iterator[str]) -> Iterator[str]:
+    """Lines, cut where the trainer would leave one out as too long."""
+    step = _LONGEST_SENTENCE_BYTES // 4
+    for text in texts:
+        for line in text.split("\n"):
+            yield from (line[i : i + step] for i in range(0, len(line), step))
+
+
+def _too_little_text(vocab_size: int, dataset: str, got: str) -> ValueError:
+    return ValueError(
+        f"vocab_size = {vocab_size}, but the text of {dataset!r} yields {got}\n"
+        "  give more text (max_characters, another dataset) or a smaller vocab_size"
     )
-    return folder
 
 
 def _byte_alphabet() -> list[str]:

@@ -20,6 +20,7 @@ from trainer.config.errors import Problem, unknown
 from trainer.config.load import Loaded
 from trainer.config.pipeline_checks import pipeline_problems, pipeline_warnings
 from trainer.data.datasets import DATASETS
+from trainer.data.mixture import Entry, parse_mixture
 
 ABSENT: dict[str, str] = {
     "fault_tolerance.": "torchft replica groups",
@@ -115,8 +116,35 @@ def _name_problems(loaded: Loaded) -> Iterator[Problem]:
             yield loaded.problem("model.converters", unknown("converter", name, CONVERTERS))
     if config.training.dataset not in DATASETS:
         yield loaded.problem("training.dataset", unknown("dataset", config.training.dataset, DATASETS))
+    yield from _mixture_problems(loaded)
     if config.validation.dataset not in DATASETS:
         yield loaded.problem("validation.dataset", unknown("dataset", config.validation.dataset, DATASETS))
+
+
+def _mixture_problems(loaded: Loaded) -> Iterator[Problem]:
+    mixture = loaded.config.training.mixture
+    if not mixture:
+        return
+    for key in ("training.dataset", "training.dataset_path"):
+        if _changed(loaded, key):
+            yield loaded.problem(key, "has no effect beside training.mixture; leave one of them out")
+    try:
+        entries = parse_mixture(mixture)
+    except ValueError as error:
+        yield loaded.problem("training.mixture", str(error))
+        return
+    for entry in entries:
+        if entry.dataset not in DATASETS:
+            yield loaded.problem("training.mixture", unknown("dataset", entry.dataset, DATASETS))
+
+
+def mixture_entries(config: Any) -> list[Entry]:
+    """The sources of the training mixture that exist; those that do not are `problems`."""
+    try:
+        entries = parse_mixture(config.training.mixture)
+    except ValueError:
+        return []
+    return [entry for entry in entries if entry.dataset in DATASETS]
 
 
 def _model_problems(loaded: Loaded) -> Iterator[Problem]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+from models import MODELS
 from trainer.config import checks
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.load import Loaded, load
 from trainer.data.datasets import check_dataset
-from trainer.data.tokenizer import find_tokenizer_file
+from trainer.data.tokenizer import check_vocabulary, find_tokenizer_file
 
 
 def preflight(argv: Sequence[str], world_size: int) -> Loaded:
@@ -30,15 +31,29 @@ def preflight(argv: Sequence[str], world_size: int) -> Loaded:
 def input_problems(loaded: Loaded) -> list[Problem]:
     """Files and folders that the run will read."""
     found: list[Problem] = []
-    sections = ["training"] + (["validation"] if loaded.config.validation.enable else [])
-    for name in sections:
-        section = getattr(loaded.config, name)
+    for key, data_check in _data_checks(loaded):
+        _collect(found, loaded, key, data_check)
+    path, model = loaded.config.model.hf_assets_path, loaded.config.model
+    if model.name in MODELS and model.flavor in MODELS[model.name].flavors:
+        size = checks.model_config(loaded.config).vocab_size
+        check: Callable[[], object] = partial(check_vocabulary, path, size, model.flavor)
+    else:
+        check = partial(find_tokenizer_file, path)
+    _collect(found, loaded, "model.hf_assets_path", check)
+    return found
+
+
+def _data_checks(loaded: Loaded) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The key and the check of every dataset that the run reads."""
+    config = loaded.config
+    for entry in checks.mixture_entries(config):
+        yield "training.mixture", partial(check_dataset, entry.dataset, entry.path)
+    sections = [] if config.training.mixture else ["training"]
+    for name in sections + (["validation"] if config.validation.enable else []):
+        section = getattr(config, name)
         key = f"{name}.dataset_path" if section.dataset_path else f"{name}.dataset"
         if section.dataset in checks.DATASETS:
-            _collect(found, loaded, key, partial(check_dataset, section.dataset, section.dataset_path))
-    path = loaded.config.model.hf_assets_path
-    _collect(found, loaded, "model.hf_assets_path", partial(find_tokenizer_file, path))
-    return found
+            yield key, partial(check_dataset, section.dataset, section.dataset_path)
 
 
 def _collect(found: list[Problem], loaded: Loaded, key: str, check: Callable[[], object]) -> None:

@@ -37,7 +37,7 @@ class DataLoaderSection:
     """How batches are prepared ahead of the step."""
 
     num_workers: int = field(default=0, metadata={"min": 0})
-    """Worker count of other loaders; here one background thread always prepares batches ahead."""
+    """Threads of each rank that tokenize text; 0 shares the host's cores among its ranks."""
     persistent_workers: bool = False
     """Kept for old files: the background thread lives as long as the run."""
     pin_memory: bool = False
@@ -54,6 +54,18 @@ class TrainingConfig:
     """Row of the DATASETS table; the default is the Python standard library's own sources."""
     dataset_path: str | None = None
     """Local file, folder or glob (or Hugging Face id) in place of the dataset's own location."""
+    text_field: str = "text"
+    """Field of a JSON line, or column, that holds the text."""
+    mixture: list[str] = field(default_factory=list)
+    """Several datasets in place of `dataset`: entries NAME[:PATH][#FIELD]=WEIGHT, weights as shares of the
+    windows."""
+    bad_data: Literal["refuse", "skip"] = "refuse"
+    """What becomes of records and files that cannot be read (bad UTF-8, JSON, no text field): an error, or
+    left out, counted and named in the log."""
+    add_bos: bool = True
+    """Put the tokenizer's bos before every document, where it has one."""
+    add_eos: bool = True
+    """Put the tokenizer's eos after every document."""
     local_batch_size: int = field(default=8, metadata={"min": 1})
     """Sequences per data-parallel rank in one micro-batch."""
     global_batch_size: int = field(default=-1, metadata={"min": -1})
@@ -95,6 +107,8 @@ class ValidationConfig:
     """Row of the DATASETS table; the default is the part of the Python sources held out of training."""
     dataset_path: str | None = None
     """Local file, folder or glob (or Hugging Face id) in place of the dataset's own location."""
+    text_field: str = "text"
+    """Field of a JSON line, or column, that holds the text."""
     local_batch_size: int = field(default=8, metadata={"min": 1})
     """Sequences per data-parallel rank."""
     seq_len: int = field(default=2048, metadata={"min": 1})

@@ -1,49 +1,46 @@
 """The data loader: windows of the token stream, dealt to data-parallel ranks.
 
-The stream of windows (`trainer.data.packing`, mixed by `trainer.data.shuffle`) is a pure function of
-(dataset, tokenizer, seq_len, seed): windows are numbered 0, 1, 2, ... over epochs. Micro-batch m of rank r
-out of R holds the B windows from ``first + (m * R + r) * B`` on, where ``first`` is the window at which the
-run started or resumed. So a step of R ranks with one micro-batch each reads the windows that one rank reads
-in R micro-batches, and a run resumes exactly on another number of ranks or another batch size.
+The stream of windows is a pure function of (datasets, tokenizer, seq_len, seed): windows are numbered
+0, 1, 2, ... over epochs; in a mixture, the number of a window decides which source it comes from
+(`trainer.data.mixture`). Micro-batch m of rank r out of R holds the B windows from
+``first + (m * R + r) * B`` on, where ``first`` is the window at which the run started or resumed. So a step
+of R ranks with one micro-batch each reads the windows that one rank reads in R micro-batches, and a run
+resumes exactly on another number of ranks or another batch size.
 
-The state is a position in the stream and is the same on every rank. Resuming seeks: it opens the data at
-the document where the current block begins and tokenizes nothing before it.
+The state is a position in each source and is the same on every rank. Resuming seeks: token files are
+entered at the very window; of text, the file is opened in which the current block begins, and nothing
+before the block is tokenized.
 
-Every rank tokenizes the whole stream in a background thread and keeps its own windows. That needs no
-communication; its cost grows with the tokens per second of the whole run and not of the rank.
+Every rank walks the whole stream in a background thread and keeps its own windows. That needs no
+communication. With token files, windows of others cost nothing; text is tokenized by every rank, at a cost
+that grows with the tokens per second of the whole run and not of the rank.
 
 Shapes: B = local_batch_size, S = seq_len, R = dp_degree.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from trainer.data.datasets import check_dataset, dataset_row
-from trainer.data.documents import DocumentSource
-from trainer.data.packing import (
-    IGNORED_LABEL,
-    StreamPosition,
-    Window,
-    encode_documents,
-    pack_documents,
-)
+from trainer.data.documents import BadData
+from trainer.data.identity import what_changed
+from trainer.data.mixture import Entry, Schedule, parse_mixture
+from trainer.data.packing import IGNORED_LABEL
 from trainer.data.prefetch import Prefetcher
-from trainer.data.shuffle import ShuffledPosition, shuffle_windows, windows_per_block
-from trainer.data.tokenizer import Tokenizer
+from trainer.data.sources import AnyWindow, Source, StreamSettings, open_source
+from trainer.data.tokenizer import Tokenizer, tokenizer_threads
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_PREFETCHED_BATCHES = 8
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 class Batch(NamedTuple):
@@ -51,7 +48,7 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: (B, S) int64, the inputs.
-        labels: (B, S) int64, the next tokens; `IGNORED_LABEL` only at the end of a finite pass.
+        labels: (B, S) int64, the next tokens; `IGNORED_LABEL` only at the end of a pass over the data.
         document_ids: (B, S) int64, from 0 in every row; attention may be masked to equal ids.
         label_count: Number of labels that are not `IGNORED_LABEL`: known here without a device sync.
     """
@@ -64,58 +61,71 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class _Progress:
-    """What was consumed: windows of all ranks together, and where in the stream the next one starts."""
+    """What was consumed: windows of all ranks together, and where in each source the next one starts."""
 
-    windows: int = 0
-    position: ShuffledPosition = field(default_factory=ShuffledPosition)
+    windows: int
+    positions: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class _Plan:
     """All that decides the batches. Holds no loader, so that a thread working on it keeps none alive."""
 
-    source: DocumentSource
-    tokenizer: Tokenizer
-    seq_len: int
+    sources: tuple[Source, ...]
+    schedule: Schedule | None
+    settings: StreamSettings
     local_batch_size: int
     dp_rank: int
     dp_degree: int
-    seed: int
-    infinite: bool
     pin_memory: bool
+
+    def begin(self) -> _Progress:
+        """Before the first window."""
+        return _Progress(0, tuple(source.begin() for source in self.sources))
+
+    def windows(self, start: _Progress) -> Iterator[tuple[AnyWindow, _Progress]]:
+        """The global stream from ``start`` on, each window with the progress after it."""
+        streams: list[Iterator[tuple[AnyWindow, Any]] | None] = [None] * len(self.sources)
+        number, positions = start.windows, start.positions
+        while True:
+            chosen = self.schedule.source(number) if self.schedule else 0
+            stream = streams[chosen]
+            if stream is None:  # opened when it is first needed
+                stream = streams[chosen] = self.sources[chosen].windows(positions[chosen])
+            found = next(stream, None)
+            if found is None:
+                return
+            window, after = found
+            number += 1
+            positions = (*positions[:chosen], after, *positions[chosen + 1 :])
+            yield window, _Progress(number, positions)
 
     def batches(self, start: _Progress) -> Iterator[tuple[Batch, _Progress]]:
         """This rank's batches from ``start`` on, each with the progress after it."""
-        documents = encode_documents(
-            self.source, self.tokenizer, seed=self.seed, start=start.position.block, infinite=self.infinite
-        )
-        stream = pack_documents(documents, self.seq_len, start.position.block.offset)
-        # A finite pass reads everything, so its order does not matter.
-        block = windows_per_block(self.seq_len) if self.infinite else 1
-        windows = shuffle_windows(stream, start.position, self.seed, block)
+        windows = self.windows(start)
         group_size = self.dp_degree * self.local_batch_size
         first_own = self.dp_rank * self.local_batch_size
         progress = start
         while True:
-            own: list[Window] = []
+            own: list[AnyWindow] = []
             taken = 0
-            for taken, (window, after) in enumerate(itertools.islice(windows, group_size), start=1):
+            for taken, (window, after) in enumerate(islice(windows, group_size), start=1):
                 if first_own < taken <= first_own + self.local_batch_size:
                     own.append(window)
-                progress = replace(progress, position=after)
+                progress = after
             if taken == 0:
                 return
-            progress = replace(progress, windows=progress.windows + taken)
             yield self._batch(own), progress
 
-    def _batch(self, windows: list[Window]) -> Batch:
+    def _batch(self, windows: list[AnyWindow]) -> Batch:
         """Stack windows; rows that the end of the data left empty are padding."""
-        shape = (self.local_batch_size, self.seq_len)
-        tokens = np.full(shape, self.tokenizer.eos_id, dtype=np.int64)
+        seq_len, eos_id = self.settings.seq_len, self.settings.tokenizer.eos_id
+        shape = (self.local_batch_size, seq_len)
+        tokens = np.full(shape, eos_id, dtype=np.int64)
         labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
         document_ids = np.zeros(shape, dtype=np.int64)
         for row, window in enumerate(windows):
-            tokens[row], labels[row], document_ids[row] = window.arrays(self.seq_len, self.tokenizer.eos_id)
+            tokens[row], labels[row], document_ids[row] = window.arrays(seq_len, eos_id)
         label_count = int(np.count_nonzero(labels != IGNORED_LABEL))
         tensors = [torch.from_numpy(array) for array in (tokens, labels, document_ids)]
         if self.pin_memory:
@@ -132,29 +142,39 @@ class DataLoader:
     rank's ``label_count`` may be 0.
     """
 
-    def __init__(self, plan: _Plan, identity: dict[str, Any], prefetch_factor: int) -> None:
+    def __init__(self, plan: _Plan, prefetch_factor: int) -> None:
         self._plan = plan
-        self._identity = identity
         self._prefetch_factor = prefetch_factor
-        self._consumed = _Progress()
+        self._consumed = plan.begin()
         self._begun = False
         self._batches: Prefetcher | None = None
 
     @property
+    def epochs(self) -> list[int]:
+        """The epoch of each source, from 0; of text, that in which the current block began."""
+        pairs = zip(self._plan.sources, self._consumed.positions, strict=True)
+        return [source.epoch(position) for source, position in pairs]
+
+    @property
     def epoch(self) -> int:
-        """The epoch, from 0, in which the current block began."""
-        return self._consumed.position.block.epoch
+        """The epoch of the source that is furthest, from 0."""
+        return max(self.epochs)
 
     @property
     def windows(self) -> int:
         """Windows consumed so far by all ranks together."""
         return self._consumed.windows
 
+    @property
+    def skipped(self) -> int:
+        """Documents and files left out as bad data, by this process."""
+        return self._plan.settings.bad_data.skipped
+
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches; an error in the background thread is raised here."""
-        if not self._plan.infinite and self._begun:
+        if not self._plan.settings.infinite and self._begun:
             self.close()
-            self._consumed = _Progress()
+            self._consumed = self._plan.begin()
         self._begun = True
         if self._batches is None:
             batches = self._plan.batches(self._consumed)
@@ -162,57 +182,70 @@ class DataLoader:
         source = self._batches
         try:
             for batch, progress in source:
-                self._consumed = progress
+                before, self._consumed = self._consumed, progress
+                self._announce_epochs(before)
                 yield batch
         except Exception:
             if source is self._batches:
                 self.close()  # so that another iter tries again instead of ending quietly
             raise
 
+    def _announce_epochs(self, before: _Progress) -> None:
+        if not self._plan.settings.infinite:
+            return
+        for source, old, new in zip(
+            self._plan.sources, before.positions, self._consumed.positions, strict=True
+        ):
+            if source.epoch(new) > source.epoch(old):
+                logger.info("data: epoch %d of %s begins", source.epoch(new) + 1, source.label)
+
     def state_dict(self) -> dict[str, Any]:
         """Position after the batches consumed (not those prefetched); plain values, equal on all ranks."""
+        sources = [
+            {
+                "dataset": source.dataset,
+                "data": source.identity,
+                **source.to_state(position),
+            }
+            for source, position in zip(self._plan.sources, self._consumed.positions, strict=True)
+        ]
         return {
             "version": STATE_VERSION,
             "windows": self._consumed.windows,
-            "seq_len": self._plan.seq_len,
-            "windows_into_block": self._consumed.position.windows_into_block,
-            **asdict(self._consumed.position.block),
-            **self._identity,
+            "seq_len": self._plan.settings.seq_len,
+            **self._shared_identity(),
+            "sources": sources,
         }
+
+    def _shared_identity(self) -> dict[str, Any]:
+        s = self._plan.settings
+        return {"seed": s.seed, "tokenizer": s.tokenizer.fingerprint, "bos": s.bos, "eos": s.eos}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`, of any number of ranks or batch size: exactly.
 
-        With another sequence length the current block is read again from its first token.
+        With another sequence length, text reads the current block again from its first token, and token
+        files go on after as many tokens.
 
         Raises:
-            ValueError: The state is of another dataset, seed or tokenizer.
+            ValueError: The state is of another dataset, seed or tokenizer, or the data changed.
         """
-        expected = {"version": STATE_VERSION, **self._identity}
-        for key, mine in expected.items():
-            if state.get(key) != mine:
-                raise ValueError(
-                    f"the data loader's state does not fit: it was saved with {key} = {state.get(key)!r}\n"
-                    f"  this run has {key} = {mine!r}\n"
-                    "  set it as it was, or load the checkpoint without the data loader's state"
-                )
+        for key, mine in {"version": STATE_VERSION, **self._shared_identity()}.items():
+            _check_equal(key, state.get(key), mine)
+        names = [source["dataset"] for source in state["sources"]]
+        mine = [source.dataset for source in self._plan.sources]
+        if len(names) == len(mine) == 1:
+            _check_equal("dataset", names[0], mine[0])
+        _check_equal("datasets", names, mine)
+        for source, saved in zip(self._plan.sources, state["sources"], strict=True):
+            _check_unchanged(source, saved["data"])
         self.close()
-        position = StreamPosition(
-            epoch=int(state["epoch"]),
-            document=int(state["document"]),
-            offset=int(state["offset"]),
-            name=state["name"],
-        )
-        into_block = int(state["windows_into_block"])
-        if state["seq_len"] != self._plan.seq_len:
-            logger.info(
-                "seq_len changed from %d to %d: %d windows of the current block are read again",
-                state["seq_len"],
-                self._plan.seq_len,
-                into_block,
-            )
-            into_block = 0
-        self._consumed = _Progress(int(state["windows"]), ShuffledPosition(position, into_block))
+        seq_len = int(state["seq_len"])
+        positions = [
+            source.from_state(saved, seq_len)
+            for source, saved in zip(self._plan.sources, state["sources"], strict=True)
+        ]
+        self._consumed = _Progress(int(state["windows"]), tuple(positions))
         self._begun = False
 
     def close(self) -> None:
@@ -222,10 +255,34 @@ class DataLoader:
             self._batches = None
 
 
+def _check_equal(key: str, saved: Any, mine: Any) -> None:
+    if saved != mine:
+        raise ValueError(
+            f"the data loader's state does not fit: it was saved with {key} = {saved!r}\n"
+            f"  this run has {key} = {mine!r}\n"
+            "  set it as it was, or load the checkpoint without the data loader's state"
+        )
+
+
+def _check_unchanged(source: Source, saved: Mapping[str, Any]) -> None:
+    change = what_changed(saved, source.identity)
+    if change is not None:
+        raise ValueError(
+            f"the data changed since the checkpoint: {source.label}\n"
+            f"  got: {change}\n"
+            "  restore the data, or load the checkpoint without the data loader's state"
+        )
+
+
 def build_dataloader(
     *,
-    dataset: str,
+    dataset: str = "python_sources",
     dataset_path: str | None = None,
+    text_field: str = "text",
+    mixture: Sequence[str] = (),
+    bad_data: str = "refuse",
+    add_bos: bool = True,
+    add_eos: bool = True,
     tokenizer: Tokenizer,
     seq_len: int,
     local_batch_size: int,
@@ -242,6 +299,11 @@ def build_dataloader(
     Args:
         dataset: A name in `trainer.data.datasets.DATASETS`.
         dataset_path: Where its files lie; None for the dataset's default.
+        text_field: Field or column that holds the text, where records have fields.
+        mixture: Entries of `trainer.data.mixture` in place of ``dataset`` and ``dataset_path``.
+        bad_data: "refuse" or "skip" records and files that cannot be read.
+        add_bos: Put the tokenizer's bos before every document, where it has one.
+        add_eos: Put the tokenizer's eos after every document.
         tokenizer: Encodes the documents.
         seq_len: S, tokens in a window's inputs.
         local_batch_size: B, windows in a batch.
@@ -252,38 +314,46 @@ def build_dataloader(
         infinite: Go on with the next epoch, in another order, at the end of one.
         prefetch_factor: Batches that the background thread prepares ahead; None for a default, 0 for no
             thread.
-        num_workers: Kept for configs written for torch's loader; one background thread of the training
-            process does the work, so a number above 0 has no effect and is warned about.
+        num_workers: Threads that tokenize; 0 shares the host's cores among its ranks.
         pin_memory: Page-locked tensors for copies that overlap with compute; needs CUDA.
 
     Raises:
-        ValueError: The dataset or its path does not exist, or a size makes no sense.
+        ValueError: A dataset or its path does not exist, or a size makes no sense.
     """
-    check_dataset(dataset, dataset_path)
     for name, value, least in (
         ("seq_len", seq_len, 1),
         ("local_batch_size", local_batch_size, 1),
         ("prefetch_factor", prefetch_factor or 0, 0),
+        ("num_workers", num_workers, 0),
     ):
         if value < least:
             raise ValueError(f"{name} = {value} must be at least {least}")
     if not 0 <= dp_rank < dp_degree:
         raise ValueError(f"dp_rank = {dp_rank} must be from 0 to dp_degree - 1 = {dp_degree - 1}")
-    if num_workers > 0:
-        logger.warning("dataloader.num_workers = %d has no effect: one thread tokenizes ahead", num_workers)
     if pin_memory and not torch.cuda.is_available():
         logger.warning("dataloader.pin_memory has no effect: no CUDA device")
-    plan = _Plan(
-        source=partial(dataset_row(dataset).documents, dataset_path),
+    settings = StreamSettings(
         tokenizer=tokenizer,
         seq_len=seq_len,
+        seed=seed,
+        infinite=infinite,
+        bos=[tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else [],
+        eos=[tokenizer.eos_id] if add_eos else [],
+        bad_data=BadData(skip=bad_data == "skip"),
+        threads=num_workers or tokenizer_threads(),
+    )
+    if mixture and not infinite:
+        raise ValueError("a mixture has no end, so it cannot be read in one finite pass")
+    entries = parse_mixture(mixture) if mixture else [Entry(dataset, dataset_path, text_field, 1.0)]
+    sources = [open_source(e.dataset, e.path, e.text_field or text_field, settings) for e in entries]
+    plan = _Plan(
+        sources=tuple(sources),
+        schedule=Schedule([entry.weight for entry in entries], seed) if len(entries) > 1 else None,
+        settings=settings,
         local_batch_size=local_batch_size,
         dp_rank=dp_rank,
         dp_degree=dp_degree,
-        seed=seed,
-        infinite=infinite,
         pin_memory=pin_memory and torch.cuda.is_available(),
     )
-    identity = {"dataset": dataset, "seed": seed, "tokenizer": tokenizer.fingerprint}
     ahead = DEFAULT_PREFETCHED_BATCHES if prefetch_factor is None else prefetch_factor
-    return DataLoader(plan, identity, ahead)
+    return DataLoader(plan, ahead)

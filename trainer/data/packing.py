@@ -20,45 +20,15 @@ Shapes: S = seq_len.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from trainer.data.documents import Document, DocumentOrder, DocumentSource
-from trainer.data.tokenizer import Tokenizer
+from trainer.data.encode import EncodedDocument, StreamPosition
 
 IGNORED_LABEL = -100
 """The label that a loss leaves out; torch.nn.functional.cross_entropy's default."""
-
-# Documents are tokenized in batches: large enough to feed several threads, small enough that the first
-# batch of a run comes at once.
-BATCH_DOCUMENTS = 64
-BATCH_CHARACTERS = 262_144
-
-
-@dataclass(frozen=True)
-class StreamPosition:
-    """A token of the stream: the ``offset``-th of a document (its bos and eos counted).
-
-    ``document`` is the document's index in its epoch's order; ``name`` tells whether the data changed
-    (None at the very start, before a document is known).
-    """
-
-    epoch: int = 0
-    document: int = 0
-    offset: int = 0
-    name: str | None = None
-
-
-class EncodedDocument(NamedTuple):
-    """One document as it stands in the stream, and where it comes in the order."""
-
-    epoch: int
-    number: int
-    name: str
-    tokens: np.ndarray
 
 
 class Window(NamedTuple):
@@ -72,81 +42,22 @@ class Window(NamedTuple):
     following: StreamPosition
 
     def arrays(self, seq_len: int, padding_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, labels and document ids, (S,) each; padding is a document of its own."""
-        stream = np.concatenate(self.pieces)
-        ids = np.repeat(np.arange(len(self.pieces)), [len(piece) for piece in self.pieces])
-        padding = seq_len + 1 - len(stream)
-        return (
-            np.pad(stream[:-1], (0, padding), constant_values=padding_id),
-            np.pad(stream[1:], (0, padding), constant_values=IGNORED_LABEL),
-            np.pad(ids[:-1], (0, padding), constant_values=len(self.pieces)),
-        )
+        """Tokens, labels and document ids, (S,) each."""
+        return window_arrays(self.pieces, seq_len, padding_id)
 
 
-def encode_documents(
-    source: DocumentSource, tokenizer: Tokenizer, *, seed: int, start: StreamPosition, infinite: bool
-) -> Iterator[EncodedDocument]:
-    """Tokenize the documents from ``start``'s document on; with ``infinite``, epoch after epoch.
-
-    Empty documents are left out (their index is still counted).
-
-    Raises:
-        ValueError: A whole epoch holds no text, or the document at ``start`` is another one than it was.
-    """
-    position = start
-    while True:
-        order = DocumentOrder(seed, position.epoch, position.document)
-        found = position.document > 0
-        for document in _encode_epoch(source(order), tokenizer, position):
-            found = True
-            yield document
-        if not found:
-            raise ValueError("the dataset holds no text: every document is empty\n  look at dataset_path")
-        if not infinite:
-            return
-        position = StreamPosition(epoch=position.epoch + 1)
-
-
-def _encode_epoch(
-    documents: Iterator[Document], tokenizer: Tokenizer, position: StreamPosition
-) -> Iterator[EncodedDocument]:
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    index = position.document
-    expected = position.name
-    for batch in _batches(documents):
-        for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
-            if expected is not None:
-                _check_same(expected, document.name, position)
-                expected = None
-            if document.text:
-                tokens = np.array([*bos, *ids, tokenizer.eos_id], dtype=np.int64)
-                yield EncodedDocument(position.epoch, index, document.name, tokens)
-            index += 1
-    if expected is not None:
-        _check_same(expected, "the end of the data", position)
-
-
-def _check_same(expected: str, got: str, position: StreamPosition) -> None:
-    if expected != got:
-        raise ValueError(
-            f"the data changed since the checkpoint: document {position.document} of epoch "
-            f"{position.epoch} was {expected!r}\n"
-            f"  got: {got!r}\n"
-            "  restore the data, or load the checkpoint without the data loader's state"
-        )
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def window_arrays(
+    pieces: Sequence[np.ndarray], seq_len: int, padding_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, labels and document ids of a window, (S,) each; padding is a document of its own."""
+    stream = np.concatenate(pieces)
+    ids = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
+    padding = seq_len + 1 - len(stream)
+    return (
+        np.pad(stream[:-1], (0, padding), constant_values=padding_id),
+        np.pad(stream[1:], (0, padding), constant_values=IGNORED_LABEL),
+        np.pad(ids[:-1], (0, padding), constant_values=len(pieces)),
+    )
 
 
 def pack_documents(documents: Iterator[EncodedDocument], seq_len: int, offset: int = 0) -> Iterator[Window]:
@@ -174,10 +85,13 @@ def _cut(pending: deque[tuple[EncodedDocument, int]], length: int) -> Window:
     while True:
         document, offset = pending.popleft()
         piece = document.tokens[offset : offset + missing]
-        pieces.append(piece)
+        if pieces and not document.opens:  # the same text, read in pieces
+            pieces[-1] = np.concatenate([pieces[-1], piece])
+        else:
+            pieces.append(piece)
         missing -= len(piece)
         if missing == 0:
             last = offset + len(piece) - 1
             pending.appendleft((document, last))
-            following = StreamPosition(document.epoch, document.number, last, document.name)
+            following = StreamPosition(document.epoch, document.number, last, document.name, document.part)
             return Window(tuple(pieces), following)

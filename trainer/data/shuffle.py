@@ -16,7 +16,8 @@ from itertools import islice
 
 import numpy as np
 
-from trainer.data.packing import StreamPosition, Window
+from trainer.data.encode import StreamPosition
+from trainer.data.packing import Window
 
 BLOCK_TOKENS = 131_072
 
@@ -47,7 +48,7 @@ def shuffle_windows(
     """
     place, behind = start.block, start.windows_into_block
     while block := list(islice(windows, block_size)):
-        rng = np.random.default_rng([seed, place.epoch, place.document, place.offset])
+        rng = np.random.default_rng([seed, place.epoch, place.part, place.document, place.offset])
         following = block[-1].following
         for count, number in enumerate(rng.permutation(len(block)).tolist(), start=1):
             if count > behind:

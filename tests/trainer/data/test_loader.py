@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import logging
 import random
 import threading
@@ -12,8 +13,9 @@ import torch
 
 from trainer.data.datasets import DATASETS, DatasetRow
 from trainer.data.documents import Document, DocumentOrder
+from trainer.data.encode import StreamPosition
 from trainer.data.loader import build_dataloader
-from trainer.data.packing import IGNORED_LABEL, StreamPosition, Window
+from trainer.data.packing import IGNORED_LABEL, Window
 from trainer.data.shuffle import ShuffledPosition, shuffle_windows, windows_per_block
 
 S, B, SEED = 16, 2, 3
@@ -27,7 +29,7 @@ def reference_stream(tokenizer, epochs: int) -> np.ndarray:
     """The token stream, written down without any of the code under test but the document order."""
     ids = []
     for epoch in range(epochs):
-        for _, text in DATASETS["toy"].documents(None, DocumentOrder(SEED, epoch)):
+        for _, text, *_ in DATASETS["toy"].documents(None, DocumentOrder(SEED, epoch)):
             if text:
                 ids += [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
     return np.array(ids)
@@ -91,7 +93,7 @@ def test_resume_is_exact_also_on_another_number_of_ranks(build_toy, consumed, ne
     take(old, consumed)
     state = old.state_dict()
     assert state["windows"] == consumed * 2 * B
-    assert all(value is None or isinstance(value, int | str) for value in state.values())
+    assert json.loads(json.dumps(state)) == state
     other_rank = build_toy(dp_degree=2, dp_rank=0)
     take(other_rank, consumed)
     assert other_rank.state_dict() == state
@@ -133,14 +135,22 @@ def test_a_state_that_does_not_fit_is_refused(build_toy, monkeypatch):
     loader = build_toy()
     take(loader, 3)
     state = loader.state_dict()
-    for change in ({"seed": 4}, {"tokenizer": "other"}, {"dataset": "c4"}, {"version": 0}):
+    for change in ({"seed": 4}, {"tokenizer": "other"}, {"eos": []}, {"version": 0}):
         with pytest.raises(ValueError, match=f"saved with {next(iter(change))} = "):
             build_toy().load_state_dict({**state, **change})
+
+    def other(**change):
+        return {**state, "sources": [{**state["sources"][0], **change}]}
+
+    with pytest.raises(ValueError, match="saved with dataset = 'c4'"):
+        build_toy().load_state_dict(other(dataset="c4"))
+    with pytest.raises(ValueError, match="saved with datasets = "):
+        build_toy().load_state_dict({**state, "sources": state["sources"] * 2})
     changed = build_toy()
-    changed.load_state_dict({**state, "name": "toy:gone"})
+    changed.load_state_dict(other(name="toy:gone"))
     with pytest.raises(ValueError, match="the data changed since the checkpoint"):
         take(changed, 1)
-    changed.load_state_dict({**state, "document": 10_000, "name": "toy:gone"})
+    changed.load_state_dict(other(document=10_000, name="toy:gone"))
     with pytest.raises(ValueError, match="got: 'the end of the data'"):
         take(changed, 1)
 
@@ -225,28 +235,33 @@ def test_the_thread_stays_within_its_bound(tokenizer, monkeypatch):
     monkeypatch.setitem(DATASETS, "endless", DatasetRow("endless", endless, lambda path: None))
     tokens = len(tokenizer.encode("x" * 300_000)) + 2
     loader = build_dataloader(
-        dataset="endless", tokenizer=tokenizer, seq_len=tokens, local_batch_size=1, prefetch_factor=2
+        dataset="endless",
+        tokenizer=tokenizer,
+        seq_len=tokens,
+        local_batch_size=1,
+        prefetch_factor=2,
+        num_workers=2,
     )
     take(loader, 3)
     threading.Event().wait(0.5)
-    # Consumed, prefetched, one waiting for room, and the document that a window's last token needs.
-    assert len(read) <= 3 + 2 + 1 + 2
+    # Consumed, prefetched, one waiting for room, the document that a window's last token needs, and those
+    # that the threads tokenize.
+    assert len(read) <= 3 + 2 + 1 + 2 + 3
     loader.close()
 
 
-def test_settings_are_checked(build_toy, caplog):
+def test_settings_are_checked(build_toy):
     for change, message in (
         ({"dataset": "toi"}, "did you mean 'toy'"),
         ({"seq_len": 0}, "seq_len = 0 must be at least 1"),
         ({"local_batch_size": 0}, "local_batch_size = 0"),
         ({"prefetch_factor": -1}, "prefetch_factor = -1"),
         ({"dp_rank": 2, "dp_degree": 2}, "dp_rank = 2 must be from 0 to"),
+        ({"num_workers": -1}, "num_workers = -1"),
+        ({"mixture": ["toy=1"], "infinite": False}, "a mixture has no end"),
     ):
         with pytest.raises(ValueError, match=message):
             build_toy(**change)
-    with caplog.at_level(logging.WARNING):
-        build_toy(num_workers=2)
-    assert "num_workers = 2 has no effect" in caplog.text
 
 
 @pytest.mark.gpu

@@ -6,13 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.data.documents import Document
-from trainer.data.packing import (
-    IGNORED_LABEL,
-    EncodedDocument,
-    StreamPosition,
-    encode_documents,
-    pack_documents,
-)
+from trainer.data.encode import EncodedDocument, StreamPosition, TextStream
+from trainer.data.packing import IGNORED_LABEL, pack_documents
 
 PADDING_ID = 999
 
@@ -57,11 +52,10 @@ def test_packing_goes_on_from_where_a_window_ends(lengths, seq_len, data):
 
 def test_documents_are_wrapped_and_empty_ones_left_out(tokenizer):
     documents = [Document("a", "one"), Document("empty", ""), Document("b", "two")]
-    found = list(
-        encode_documents(
-            lambda order: iter(documents), tokenizer, seed=0, start=StreamPosition(), infinite=False
-        )
+    stream = TextStream(
+        lambda order: iter(documents), tokenizer, [tokenizer.bos_id], [tokenizer.eos_id], infinite=False
     )
+    found = list(stream.documents(StreamPosition()))
     assert [(d.number, d.name) for d in found] == [(0, "a"), (2, "b")]
     assert [tokenizer.decode(d.tokens.tolist()) for d in found] == [
         "<|begin_of_text|>one<|end_of_text|>",
@@ -72,8 +66,6 @@ def test_documents_are_wrapped_and_empty_ones_left_out(tokenizer):
 @pytest.mark.parametrize("texts", [[], ["", ""]])
 def test_a_dataset_without_text_is_an_error_and_not_an_endless_loop(tokenizer, texts):
     documents = [Document("x", text) for text in texts]
-    stream = encode_documents(
-        lambda order: iter(documents), tokenizer, seed=0, start=StreamPosition(), infinite=True
-    )
+    stream = TextStream(lambda order: iter(documents), tokenizer, [0], [1])
     with pytest.raises(ValueError, match="holds no text"):
-        next(stream)
+        next(stream.documents(StreamPosition()))

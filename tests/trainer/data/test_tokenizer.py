@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trainer.commands.tokenizer import train_tokenizer
 from trainer.data.paths import PROJECT_ROOT
-from trainer.data.tokenizer import build_tokenizer, llama3_special_tokens
+from trainer.data.tokenizer import build_tokenizer
+from trainer.data.tokenizer_models import llama3_special_tokens
 
 ASSET = str(PROJECT_ROOT / "tests/assets/tokenizer")
 TEXTS = [
@@ -144,3 +148,112 @@ def test_transformers_reads_what_was_trained(tokenizer):
     theirs = transformers.AutoTokenizer.from_pretrained(ASSET)
     assert theirs.encode(TEXTS[1]) == [0, *tokenizer.encode(TEXTS[1])]
     assert theirs.eos_token_id == 1
+
+
+def llama3_lines() -> list[str]:
+    tokens = [bytes([i]) for i in range(256)] + [b"he", b"ll", b"hell"]
+    return [f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda lines: lines[:-2] + lines[-1:],  # a rank is missing
+        lambda lines: [*lines, lines[-1]],  # a token twice
+        lambda lines: [*lines[:-1], lines[-1].replace("258", "257")],  # a rank twice
+        lambda lines: [lines[0], *lines[2:]],  # a byte without a token
+        lambda lines: [*lines, "aGVs 99999999999999999999\n"],
+        lambda lines: [*lines, "not base64! 259\n"],
+        lambda lines: [*lines, "aGVs\n"],
+        lambda lines: [*lines, "aGVs -1\n"],
+        lambda lines: ["".join(lines)[:700]],  # cut short
+    ],
+)
+def test_damaged_tiktoken_files_are_refused(tmp_path, spoil):
+    file = tmp_path / "tokenizer.model"
+    file.write_text("".join(spoil(llama3_lines())))
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.model: cannot be read as a tiktoken tokenizer"
+    ) as caught:
+        build_tokenizer(file)
+    assert str(caught.value).count("\n") <= 2
+
+
+def test_llama4s_ranks_are_not_taken_for_llama3s(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.data.tokenizer_models.LLAMA4_RANKS", 259)
+    (tmp_path / "tokenizer.model").write_text("".join(llama3_lines()))
+    with pytest.raises(ValueError, match=r"Llama 4's ranks"):
+        build_tokenizer(tmp_path)
+
+
+HOSTILE_JSON = {
+    "not json": b"{",
+    "a list": b"[1, 2]",
+    "null": b"null",
+    "deep": b"[" * 100_000,
+    "binary": bytes(range(256)),
+    "empty": b"",
+    "no vocabulary": b'{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}',
+    "another model": b'{"version": "1.0", "added_tokens": [], "model": {"type": "Pickle"}}',
+    "pickle": b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x02id\x85R.",
+}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tekken.json", "tokenizer.model"])
+@pytest.mark.parametrize("content", HOSTILE_JSON)
+def test_hostile_files_are_refused_in_three_lines(tmp_path, name, content):
+    (tmp_path / name).write_bytes(HOSTILE_JSON[content])
+    with pytest.raises(ValueError, match="cannot be read as a") as caught:
+        build_tokenizer(tmp_path)
+    assert str(caught.value).count("\n") <= 2
+
+
+def test_a_config_beside_the_file_that_is_no_object(tmp_path):
+    shutil.copy(f"{ASSET}/tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: not a JSON object"):
+        build_tokenizer(tmp_path)
+
+
+def small_tekken(**config) -> dict:
+    tokens = [bytes([i]) for i in range(256)] + [b"he", b"ll"]
+    rows = [
+        {"rank": i, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
+        for i, token in enumerate(tokens)
+    ]
+    settings = {"pattern": r"\w+|\W+", "default_vocab_size": 268, "default_num_special_tokens": 10}
+    return {"config": {**settings, **config}, "vocab": rows}
+
+
+def test_tekken_files(tmp_path):
+    (tmp_path / "tekken.json").write_text(json.dumps(small_tekken()))
+    loaded = build_tokenizer(tmp_path)
+    assert (loaded.vocab_size, loaded.bos_id, loaded.eos_id) == (268, 1, 2)
+    assert loaded.encode("hello") == [266, 267, 10 + ord("o")]
+    assert [ids.tolist() for ids in loaded.encode_arrays(TEXTS)] == loaded.encode_batch(TEXTS)
+    assert loaded.decode([1, 266, 5, 2]) == "<s>he<SPECIAL_5></s>"
+    for change in ({"default_vocab_size": 400}, {"default_num_special_tokens": 0}, {"pattern": "("}):
+        (tmp_path / "tekken.json").write_text(json.dumps(small_tekken(**change)))
+        with pytest.raises(ValueError, match="cannot be read as a tekken tokenizer"):
+            build_tokenizer(tmp_path)
+
+
+@given(st.text(alphabet=st.sampled_from("aB9 \t\n\r!'é漢/"), max_size=60))
+def test_pieces_have_the_ids_of_the_whole(tokenizer, text):
+    assert tokenizer.splits_at_lines
+    cut = re.split(r"(?<=\n)(?=[A-Za-z])", text)
+    assert [i for piece in cut for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+def test_a_sentencepiece_model_is_trained(tmp_path, capsys):
+    settings = {"dataset": "python_sources_validation", "vocab_size": 500, "kind": "sentencepiece"}
+    folders = [train_tokenizer(**settings, out=str(tmp_path / name), max_characters=300_000) for name in "ab"]
+    files = [(folder / "tokenizer.model").read_bytes() for folder in folders]
+    assert files[0] == files[1]
+    loaded = build_tokenizer(folders[0])
+    assert (loaded.vocab_size, loaded.bos_id, loaded.eos_id) == (500, 1, 2)
+    assert [loaded.decode(ids) for ids in loaded.encode_batch(TEXTS)] == TEXTS
+    assert len(loaded.encode("    def main(self):")) < 12
+    (tmp_path / "a.jsonl").write_text('{"text": "abababab"}\n' * 50)
+    with pytest.raises(ValueError, match="but the text of 'text_files' yields"):
+        train_tokenizer("text_files", str(tmp_path), 5000, str(tmp_path / "c"), kind="sentencepiece")
