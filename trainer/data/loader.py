@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -123,6 +123,10 @@ class _Plan:
         return Batch(tensors[0], tensors[1], tensors[2], label_count)
 
 
+def _never() -> bool:
+    return False
+
+
 class DataLoader:
     """Iterates over one rank's batches; see the module's docstring for their order.
 
@@ -139,6 +143,9 @@ class DataLoader:
         self._consumed = _Progress()
         self._begun = False
         self._batches: Prefetcher | None = None
+        self.give_up: Callable[[], bool] = _never
+        """Asked while a batch is waited for; once it is true, the wait ends with `WaitGivenUp`. Set it before
+        iterating."""
 
     @property
     def epoch(self) -> int:
@@ -158,7 +165,7 @@ class DataLoader:
         self._begun = True
         if self._batches is None:
             batches = self._plan.batches(self._consumed)
-            self._batches = Prefetcher(batches, self._prefetch_factor, self._plan.pin_memory)
+            self._batches = Prefetcher(batches, self._prefetch_factor, self._plan.pin_memory, self.give_up)
         source = self._batches
         try:
             for batch, progress in source:
