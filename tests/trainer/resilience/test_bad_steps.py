@@ -14,7 +14,7 @@ def spoil(run, steps, value=float("nan"), fqn="layers.1.feed_forward.w2.weight")
     clean = trainer.forward.forward_backward
 
     def forward_backward(batch, valid, last):
-        loss = clean(batch, valid, last)
+        loss = clean(batch, valid, last=last)
         if trainer.step in steps:
             parameter.grad.to_local()[0, 3] = value
         return loss
@@ -109,10 +109,10 @@ def test_a_roll_back_goes_on_with_the_data_that_follows(prepare):
     def once(batch, valid, last):
         windows.append((trainer.step, trainer.data.windows))
         if windows.count((4, 16)) == 2:  # the second micro-batch of the second bad step: it happens once
-            loss = clean(batch, valid, last)
+            loss = clean(batch, valid, last=last)
             del trainer.forward.forward_backward  # the method itself again
             return loss
-        return clean(batch, valid, last)
+        return clean(batch, valid, last=last)
 
     trainer.forward.forward_backward = once
     run.train()
