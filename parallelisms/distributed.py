@@ -14,6 +14,9 @@ import torch.distributed as dist
 
 from parallelisms.config import CommConfig
 
+ATTEMPT_VARIABLE = "OCTAVO_ATTEMPT"
+"""Environment variable with a name that is new for each start of the workers, and the same for them all."""
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -38,14 +41,15 @@ def init_process_group(
 ) -> None:
     """Join the process group: NCCL on GPUs, gloo on CPUs, both where `cpu_collectives` (CPU offload).
 
-    On GPUs the flight recorder is on: when a collective times out, each rank writes its last ones below
-    `run_folder`.
+    The flight recorder is on: when a rank hangs, each rank knows its last collectives. NCCL writes them below
+    `run_folder` by itself when a collective times out.
     """
+    if config.trace_buf_size > 0:
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(config.trace_buf_size))
     if rank.device.type == "cuda":
         torch.cuda.set_device(rank.device)
         backend = "cuda:nccl,cpu:gloo" if cpu_collectives else "nccl"
         if config.trace_buf_size > 0:
-            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(config.trace_buf_size))
             os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
             traces = run_folder / config.save_traces_folder
             with suppress(OSError):  # a folder that cannot be written is reported with the run folder
@@ -58,11 +62,28 @@ def init_process_group(
     os.environ.setdefault("MASTER_PORT", "0")
     os.environ.setdefault("RANK", str(rank.rank))
     os.environ.setdefault("WORLD_SIZE", str(rank.world_size))
+    store = _store_of_attempt()
     dist.init_process_group(
         backend,
+        store=store,
+        rank=rank.rank if store is not None else -1,
+        world_size=rank.world_size if store is not None else -1,
         timeout=timedelta(seconds=config.init_timeout_seconds),
         device_id=rank.device if rank.device.type == "cuda" and not cpu_collectives else None,
     )
+
+
+def _store_of_attempt() -> dist.Store | None:
+    """The launcher's store, under the name of this attempt; None without a launcher.
+
+    torchrun keeps one store over its restarts (2.13: `DynamicRendezvousHandler.next_rendezvous`), and gloo
+    would find the addresses of workers that are dead.
+    """
+    attempt = os.environ.get(ATTEMPT_VARIABLE)
+    if attempt is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore(attempt, dist.TCPStore(host, port, is_master=False))
 
 
 def set_collective_timeout(groups: Iterable[dist.ProcessGroup], seconds: int) -> None:

@@ -2,7 +2,8 @@
 
 The configuration is checked before torch is imported, so a typo costs a fraction of a second. torchrun is
 called as a library: its options are set from a few environment variables, its noise stays away, and the
-exit code of the rank that failed first becomes ours.
+exit code of the rank that failed first becomes ours. SIGTERM, SIGINT, SIGUSR1 and SIGHUP are passed on to
+the workers, which save and end; nothing kills them meanwhile but a second signal.
 
     NGPU         processes on this machine (default: its GPUs, else 1)
     NNODES       machines (default 1)                 NODE_RANK      this machine's number
@@ -18,10 +19,25 @@ import os
 import re
 import signal
 import sys
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from trainer.packages import require_own_packages
+from trainer.resilience.crash_report import write_report
+from trainer.resilience.exit_codes import exit_code_of
+from trainer.resilience.notes import (
+    NOTES_VARIABLE,
+    STARTED_VARIABLE,
+    clear,
+    last_log_lines,
+    read_notes,
+    read_place,
+)
+from trainer.resilience.signals import signal_name
 
 USAGE = (
     "usage: ./run_train.sh [--section.key VALUE ...]     (environment: NGPU, CONFIG_FILE, LOG_RANK, NNODES)"
@@ -48,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     if loaded.config.comm.mode == "fake_backend":
         return _dry_run(argv, processes * nodes)
-    return _torchrun(argv, processes, nodes, restarts)
+    return _torchrun(argv, processes, nodes, restarts, Path(loaded.config.job.dump_folder))
 
 
 def _dry_run(argv: Sequence[str], world_size: int) -> int:
@@ -92,7 +108,7 @@ def _number(env: Mapping[str, str], name: str, default: int, least: int = 1) -> 
     return int(text)
 
 
-def _torchrun(argv: Sequence[str], processes: int, nodes: int, restarts: int) -> int:
+def _torchrun(argv: Sequence[str], processes: int, nodes: int, restarts: int, run_folder: Path) -> int:
     """Run the workers under torchrun's elastic agent and translate how they ended."""
     env = os.environ
     env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
@@ -102,24 +118,45 @@ def _torchrun(argv: Sequence[str], processes: int, nodes: int, restarts: int) ->
     env.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own progress lines
     env.setdefault("TOKENIZERS_PARALLELISM", "true")
     env.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.run import config_from_args, parse_args
+
+    from trainer.resilience.agent import run_agent
 
     logging.disable(logging.CRITICAL)  # this process is only the agent: the workers speak for themselves
-    try:
-        run(parse_args([*_torchrun_options(env, processes, nodes, restarts), "-m", "trainer.train", *argv]))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            hint = " (often: the machine ran out of memory)" if name == "SIGKILL" else ""
-            print(f"error: rank {rank} was ended by {name}{hint}", file=sys.stderr)
-            return 128 - failure.exitcode
-        return failure.exitcode
-    except SignalException as error:
-        return 128 + int(error.sigval)
-    return 0
+    with tempfile.TemporaryDirectory(prefix="octavo-") as notes:
+        options = [*_torchrun_options(env, processes, nodes, restarts), f"--log-dir={notes}"]
+        config, entrypoint, arguments = config_from_args(parse_args([*options, "-m", "trainer.train", *argv]))
+        env[NOTES_VARIABLE], env[STARTED_VARIABLE] = notes, str(time.time())
+        report = partial(_report_failure, Path(notes), run_folder, argv)
+        failure, requests = run_agent(config, str(entrypoint), arguments, report)
+        if failure is not None:
+            return exit_code_of(-requests[0] if requests and failure[1] < 0 else failure[1])
+        codes = [note["exit_code"] for note in read_notes(Path(notes)).values() if note["kind"] == "stopped"]
+    return codes[0] if codes else 0
+
+
+def _report_failure(
+    notes: Path, run_folder: Path, argv: Sequence[str], failure: tuple[int, int], restarts_left: int
+) -> None:
+    """Say which rank a signal ended, write the crash report, and clear the notes for another attempt."""
+    rank, code = failure
+    found = read_notes(notes)
+    note = found.get(rank)
+    if code < 0:
+        hint = " (often: the machine ran out of memory)" if code == -signal.SIGKILL else ""
+        what = f"rank {rank} was ended by {signal_name(-code)}{hint}"
+        where = read_place(notes, rank)
+        print(f"error: {what}; it was last at {where}", file=sys.stderr, flush=True)
+        note = {"what": what, "exit_code": exit_code_of(code), "last_place": where, **(note or {})}
+    if restarts_left > 0:
+        print(f"restarting the workers; {restarts_left - 1} more restarts", file=sys.stderr, flush=True)
+    if note is not None and "what" in note:
+        others = {str(other): its.get("what", "") for other, its in found.items() if other != rank}
+        lines = last_log_lines(notes, rank)
+        write_report(
+            run_folder, rank, note, argv=argv, log_lines=lines, others=others, restarts_left=restarts_left
+        )
+    clear(notes)
 
 
 def _torchrun_options(env: Mapping[str, str], processes: int, nodes: int, restarts: int) -> list[str]:
@@ -136,5 +173,13 @@ def _torchrun_options(env: Mapping[str, str], processes: int, nodes: int, restar
     return options
 
 
+def _exit_now(code: int) -> None:
+    """End without torch's own tidying up, which takes seconds on a busy machine; the workers are gone."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a reader such as `head` may have gone
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit_now(main())

@@ -1,85 +1,128 @@
 """What every worker runs: load the configuration, train, and end with an exit code that means something.
 
-0  trained to the end
-1  failed: the traceback is on stderr, whatever LOG_RANK says
-2  bad input (configuration, data, tokenizer): a message of a few lines
-3  the device ran out of memory: what was resident and which settings lower it
-4  a checkpoint that is needed cannot be used or written
-130, 143  ended by Ctrl-C or SIGTERM
+The codes are listed in `trainer.resilience.exit_codes`. A worker of the launcher that stopped because it was
+asked to ends with 0 and leaves the code in a note: to torchrun any other number is a failure, after which it
+would start the workers again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
-import signal
+import re
 import sys
 import time
-import traceback
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.packages import require_own_packages
+from trainer.resilience.exit_codes import EXIT_BAD_STEPS, EXIT_FAILED, EXIT_HUNG, EXIT_OUT_OF_MEMORY
+from trainer.resilience.notes import keep_log, write_note
+from trainer.resilience.signals import SignalWatch, die_with_parent
 
-EXIT_FAILED = 1
-EXIT_OUT_OF_MEMORY = 3
-EXIT_INTERRUPTED = 130
-LOST_RANK_SECONDS = 10
-"""How long a rank whose peer has gone keeps its own error back."""
+if TYPE_CHECKING:
+    from trainer.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+_OTHERS_FIRST_SECONDS = 2.0
+_LOST_RANK_SECONDS = 10.0
+"""How long a rank whose peer has gone keeps its own error back."""
+# Of NCCL, gloo and the store: what a rank meets when another has failed or hangs.
+_COMMUNICATION = re.compile(r"gloo|nccl|connection (closed|reset)|connection was|timed out|broken pipe", re.I)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one rank; returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    signals = SignalWatch(f"[rank {os.environ.get('RANK', 0)}] ").install()
+    die_with_parent()
+    faulthandler.enable()
     require_own_packages()
-    from parallelisms.distributed import Rank, is_lost_connection
-    from trainer.checkpoint.files import EXIT_CHECKPOINT, CheckpointError
-    from trainer.config.errors import EXIT_BAD_INPUT, ConfigError
+    from parallelisms.distributed import Rank
     from trainer.config.preflight import preflight
     from trainer.log import setup_logging
-    from trainer.trainer import DeviceMemoryError, Trainer
 
     rank = Rank.from_env()
     setup_logging(rank.rank, rank.world_size)
+    keep_log(rank.rank)
+    trainer: Trainer | None = None
+    folder: Path | None = None
     try:
-        loaded = preflight(list(sys.argv[1:] if argv is None else argv), rank.world_size)
+        from trainer.trainer import Trainer
+
+        loaded = preflight(argv, rank.world_size)
         if loaded.config.comm.mode == "fake_backend":
             from trainer.dry_run import dry_run
 
             dry_run(loaded, rank)
             return 0
-        trainer = Trainer(loaded, rank)
+        folder = Path(loaded.config.job.dump_folder)
+        trainer = Trainer(loaded, rank, signals)
         trainer.train()
         trainer.close()
-    except (ConfigError, CheckpointError) as error:
-        # Bad input mostly meets every rank, and one message is enough: rank 0 speaks at once and its end
-        # stops the others; a rank that is still here after a moment has met something of its own.
-        if rank.rank != 0:
-            time.sleep(2)
-        is_checkpoint = isinstance(error, CheckpointError)
-        print(f"error: {error}" if is_checkpoint else error, file=sys.stderr)
-        return EXIT_CHECKPOINT if is_checkpoint else EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except DeviceMemoryError as error:
-        log.error("%s", error)
-        return EXIT_OUT_OF_MEMORY
     except Exception as error:
-        if is_lost_connection(error):
-            _let_the_lost_rank_speak()
-        print(f"error: rank {rank.rank} failed\n{traceback.format_exc()}", file=sys.stderr)
-        return EXIT_FAILED
-    return 0
+        return _failed(error, rank.rank, trainer, folder, argv)
+    code = trainer.faults.exit_code
+    return 0 if code and write_note(rank.rank, {"kind": "stopped", "exit_code": code}) else code
 
 
-def _let_the_lost_rank_speak() -> None:
-    """Wait to be ended: a lost connection says that another rank failed, and what it says of that is news.
+def _failed(
+    error: Exception, rank: int, trainer: Trainer | None, folder: Path | None, argv: Sequence[str]
+) -> int:
+    """Say what went wrong, leave it for the crash report, and give the exit code."""
+    from trainer.checkpoint.files import EXIT_CHECKPOINT, CheckpointError
+    from trainer.config.errors import EXIT_BAD_INPUT, ConfigError
+    from trainer.resilience.bad_steps import BadStepsError
+    from trainer.resilience.crash_report import failure_note, leave_failure
+    from trainer.trainer import DeviceMemoryError
 
-    The launcher ends all ranks as soon as one is gone; a rank that it does not end speaks after all.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(LOST_RANK_SECONDS)
+    said_by_all: dict[type[Exception], int] = {
+        ConfigError: EXIT_BAD_INPUT,
+        CheckpointError: EXIT_CHECKPOINT,
+        BadStepsError: EXIT_BAD_STEPS,
+    }
+    code = next((code for kind, code in said_by_all.items() if isinstance(error, kind)), EXIT_FAILED)
+    what = str(error)
+    if code != EXIT_FAILED:
+        # This mostly meets every rank, and one message is enough: rank 0 speaks at once and its end stops
+        # the others; a rank that is still here after a moment has met something of its own.
+        if rank != 0:
+            time.sleep(_OTHERS_FIRST_SECONDS)
+        print(error if isinstance(error, ConfigError) else f"error: {error}", file=sys.stderr)
+    elif isinstance(error, DeviceMemoryError):
+        code = EXIT_OUT_OF_MEMORY
+        log.error("%s", error)
+    else:
+        code, what = _unexpected(error, rank, trainer)
+    if not isinstance(error, ConfigError):
+        step, phase = trainer.faults.where if trainer is not None else (None, "start")
+        leave_failure(rank, folder, argv, failure_note(error, what, code=code, step=step, phase=phase))
+    return code
+
+
+def _unexpected(error: Exception, rank: int, trainer: Trainer | None) -> tuple[int, str]:
+    """Print a traceback; where the error is that another rank is missing, that rank first."""
+    import traceback
+
+    from parallelisms.distributed import is_lost_connection
+
+    details = traceback.format_exc()
+    if is_lost_connection(error) or _COMMUNICATION.search(str(error)):
+        late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+        if not late:
+            # A rank that failed ends the others' calls. It speaks for itself, and its end stops this one.
+            time.sleep(_LOST_RANK_SECONDS)
+        watchdog = trainer.faults.watchdog if trainer is not None else None
+        verdict = watchdog.verdict(only_silent=not late) if watchdog is not None else None
+        if verdict is not None:
+            print(f"error: a rank hangs\n  {verdict}", file=sys.stderr)
+            return EXIT_HUNG, f"a rank hangs: {verdict}"
+    print(f"error: rank {rank} failed\n{details}", file=sys.stderr)
+    return EXIT_FAILED, f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def exit_now(code: int) -> None:

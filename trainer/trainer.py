@@ -48,6 +48,8 @@ from trainer.optim.clipping import clip_grad_norm
 from trainer.optim.optimizer import build_optimizer
 from trainer.optim.schedule import build_lr_scheduler
 from trainer.profiling import MemorySnapshotRecorder, TraceRecorder, oom_message, resident_bytes
+from trainer.resilience.faults import Faults
+from trainer.resilience.signals import SignalWatch
 from trainer.run_folder import open_run_folder, write_records
 
 log = logging.getLogger(__name__)
@@ -58,9 +60,9 @@ class DeviceMemoryError(RuntimeError):
 
 
 class Trainer:
-    """One rank of a training run."""
+    """One rank of a training run; `signals` are the requests to stop that it follows."""
 
-    def __init__(self, loaded: Loaded, rank: Rank):
+    def __init__(self, loaded: Loaded, rank: Rank, signals: SignalWatch | None = None):
         config = loaded.config
         self.loaded, self.config, self.rank, self.device = loaded, config, rank, rank.device
 
@@ -103,7 +105,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, config.training.steps)
 
-        # 6. Checkpoint, metrics and records.
+        # 6. Faults, checkpoint, metrics and records.
+        self.faults = Faults(self, signals)
         self.state = RunState(
             self.model,
             self.optimizer,
@@ -115,6 +118,7 @@ class Trainer:
             rank.rank,
             rank.world_size,
             flat_settings(loaded.values),
+            self.faults.bad_steps,
         )
         self.step, self.tokens_seen = self.checkpoints.restore(self.state)
         self.metrics = self._build_metrics()
@@ -145,32 +149,34 @@ class Trainer:
             snapshots = stack.enter_context(
                 MemorySnapshotRecorder(config.profiling, self.folder, device=self.device, rank=self.rank.rank)
             )
+            stack.enter_context(self.faults.watching())
+            self.faults.dry_batch()
             metrics.start()
             while self.step < config.training.steps:
+                micro_batches = self._next_batches(batches)
+                if self.faults.stop_before_step():
+                    break
                 self.step += 1
-                self.train_step(batches)
+                self.train_step(micro_batches)
                 if self._validation_due():
                     self.validate()
                 if profiled:
                     with metrics.excluded("profiling"):
                         trace.step()
                         snapshots.step()
-                if self.checkpoints.due(self.step):
-                    with metrics.excluded("checkpoint"):
-                        self.checkpoints.save(self.state, self.step, self.tokens_seen)
+                self.faults.after_step()
                 if self.step == first_step:
                     set_collective_timeout(self.mesh.groups, config.comm.train_timeout_seconds)
+                    self.faults.set_timeout(config.comm.train_timeout_seconds)
                 if self.step % config.training.gc_freq == 0:
                     self._collect_garbage()
-            with metrics.excluded("checkpoint"):
-                self.checkpoints.finish()
+            self.faults.finish()
             metrics.finish(self.step, tokens_seen=self.tokens_seen)
 
-    def train_step(self, batches: Iterator[Batch]) -> None:
+    def train_step(self, micro_batches: list[Batch]) -> None:
         """One optimizer step over all micro-batches, and its log line where one is due."""
         for converter in self.converters:
             converter.before_step(self.model, self.step)
-        micro_batches = self._next_batches(batches)
         valid_here = sum(batch.label_count for batch in micro_batches)
         valid = self._sum_over_data_ranks(torch.tensor(float(valid_here), device=self.device))
         loss = torch.zeros((), device=self.device)
@@ -178,11 +184,12 @@ class Trainer:
             loss += self.forward.forward_backward(batch, valid, last=index == len(micro_batches))
         for converter in self.converters:
             converter.after_backward(self.model)
+        norms = self.faults.bad_steps.new_norms()
         grad_norm = clip_grad_norm(
-            self.model.parameters(), self.config.training.max_norm, self.mesh.stage_group
+            self.model.parameters(), self.config.training.max_norm, self.mesh.stage_group, norms
         )
         lr = self.lr_scheduler.get_last_lr()[0]
-        self.optimizer.step()
+        self.faults.optimizer_step(loss, grad_norm, norms)
         self.optimizer.zero_grad()
         self.lr_scheduler.step()
         for converter in self.converters:
@@ -203,15 +210,17 @@ class Trainer:
             data = self._build_data("validation", seed=0, infinite=False)
             limit = self.config.validation.steps
             for index, batch in enumerate(data):
-                if index == limit:
+                if index == limit or self.faults.stop_in_validation():
                     break
                 totals[0] += self.forward.evaluate(batch)
                 totals[1] += batch.label_count
             data.close()
+            self.model.train()
+            if self.faults.stopping.stop is not None:
+                return
             self.forward.sum_of_parts(totals[:1])
             totals = self._sum_over_data_ranks(totals)
             loss = float(totals[0] / totals[1])
-            self.model.train()
         self.metrics.log_validation(self.step, loss)
 
     def close(self) -> None:
@@ -229,8 +238,11 @@ class Trainer:
         log.info("gc: %d objects in reference cycles up to step %d", found, self.step)
 
     def _next_batches(self, batches: Iterator[Batch]) -> list[Batch]:
-        with self.metrics.data_loading(), _as_config_error(self.loaded, "training.dataset"):
-            return [next(batches) for _ in range(self.batch.gradient_accumulation_steps)]
+        found: list[Batch] = []
+        errors = _as_config_error(self.loaded, "training.dataset")
+        with self.metrics.data_loading(), errors, self.faults.data_wait():
+            found += [next(batches) for _ in range(self.batch.gradient_accumulation_steps)]
+        return found
 
     def _sum_over_data_ranks(self, values: Tensor) -> Tensor:
         """Sum over all ranks with different data; on a GPU nothing waits for it."""

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch.distributed as dist
 
 from trainer.checkpoint.integrity import read_records, verify
 from trainer.metrics.history import read_history
@@ -112,23 +112,15 @@ def test_a_killed_run_is_the_unbroken_run(tmp_path, ngpu, flags, kills):
     ]
 
 
-def free_ports(count):
-    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
-    ports = [str(server.getsockname()[1]) for server in sockets]
-    for server in sockets:
-        server.close()
-    return ",".join(ports)
-
-
 def work(folder, world_size, task, *layouts):
-    ports = free_ports(16)
+    # One store for all runs of the workers: a port that is chosen now and opened later may be taken by then.
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     workers = [
         subprocess.Popen(
             [
                 sys.executable,
                 str(REPO / "tests/trainer/checkpoint/layouts_worker.py"),
                 folder,
-                ports,
                 task,
                 *layouts,
             ],
@@ -138,6 +130,8 @@ def work(folder, world_size, task, *layouts):
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world_size),
                 "MASTER_ADDR": "localhost",
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "OMP_NUM_THREADS": "1",
                 "CUDA_VISIBLE_DEVICES": "",
             },

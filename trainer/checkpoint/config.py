@@ -23,6 +23,8 @@ class CheckpointConfig:
     """Subfolder of job.dump_folder."""
     interval: int = field(default=500, metadata={"min": 1})
     """Steps between saves."""
+    interval_minutes: float = field(default=0.0, metadata={"min": 0.0})
+    """Save also when this much time has passed since the last save; 0 is never."""
     initial_load_path: str | None = None
     """Checkpoint to start from while the folder has none."""
     initial_load_model_only: bool = True

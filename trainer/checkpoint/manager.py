@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ class CheckpointManager:
         self._writing: threading.Thread | None = None
         self._failure: str | None = None
         self._crash: Exception | None = None
+        self.longest_seconds = 0.0
+        """Of a save so far, from its begin to its end on disk."""
         if not self.active:
             return
         self._ranks = Ranks()
@@ -143,15 +146,39 @@ class CheckpointManager:
             log.info("checkpoint: training.steps is %d: nothing is left to train", self._last_step)
         return step, tokens
 
-    def due(self, step: int) -> bool:
-        """Whether the state after `step` is to be saved."""
+    def roll_back(self, state: RunState) -> tuple[int, int] | None:
+        """Go back to the newest checkpoint, all but the position in the data.
+
+        Returns:
+            (step, tokens seen) to go on from; None where there is no checkpoint.
+        """
+        if not self.active:
+            return None
+        self._wait()
+        self._raise_failure(must_succeed=False)
+        own = replace(self._config, load_step=-1, initial_load_path=None)
+        with self._ending():
+            found = choose(own, self._root, self._ranks)
+            if found is None or found.manifest.content != FULL:
+                return None
+            place = self._ranks.all_do(lambda: state.load(found.folder, found.manifest, ()))[0]
+        self._saved_step = place[0]
+        return place
+
+    @property
+    def saves_at_stop(self) -> bool:
+        """Whether a run that stops early can be gone on with."""
+        return self._saves and self._config.enable
+
+    def due(self, step: int, *, now: bool = False) -> bool:
+        """Whether the state after `step` is to be saved; `now`: whatever the interval says."""
         if not self._saves or not self._config.enable or step == self._saved_step:
             return False
         first = step == 1 and self._config.enable_first_step_checkpoint
-        return first or step % self._config.interval == 0 or step == self._last_step
+        return now or first or step % self._config.interval == 0 or step == self._last_step
 
-    def save(self, state: RunState, step: int, tokens_seen: int) -> None:
-        """Save the state after `step`; in async mode, begin to."""
+    def save(self, state: RunState, step: int, tokens_seen: int, *, is_last: bool = False) -> None:
+        """Save the state after `step`; in async mode, begin to, unless the run ends with it (`is_last`)."""
         self._wait()
         self._raise_failure(must_succeed=False)
         started = time.perf_counter()
@@ -165,7 +192,7 @@ class CheckpointManager:
         plan = make_plan(tensors, export, self._ranks)
         manifest = state.manifest(step, tokens_seen, content)
         self._saved_step = step
-        must_succeed = step in (0, 1, self._last_step)
+        must_succeed = is_last or step in (0, 1, self._last_step)
         if self._config.async_mode == "disabled":
             self._write(plan, lambda box: to_host(local_data(tensors, box), box), manifest, started)
             self._raise_failure(must_succeed)
@@ -225,6 +252,7 @@ class CheckpointManager:
         except CheckpointError as error:
             self._failure = str(error)
             return
+        self.longest_seconds = max(self.longest_seconds, _since(started))
         only = ", model only" if manifest.content == MODEL_ONLY else ""
         rest = f"; removed {', '.join(f'step-{step}' for step in gone)}" if gone else ""
         log.info("checkpoint: saved %s (%.1f MB%s, %.1fs)%s", target, size / 1e6, only, _since(started), rest)

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from trainer.checkpoint.files import CheckpointError
 from trainer.checkpoint.manifest import FULL, MODEL_ONLY, Manifest
 from trainer.checkpoint.reader import empty_like_entry, read_tensors
 from trainer.data.loader import DataLoader
+
+if TYPE_CHECKING:
+    from trainer.resilience.bad_steps import BadSteps
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,8 @@ class RunState:
     world_size: int
     config: dict[str, Any]
     """Every setting, flat."""
+    bad_steps: BadSteps | None = None
+    """Its counts are part of the state: a resumed run judges a loss as the unbroken one does."""
 
     def tensors(self, content: str) -> dict[str, Tensor]:
         """All tensors of a full or model-only checkpoint, by key; they share memory with the run's."""
@@ -71,7 +76,14 @@ class RunState:
 
     def manifest(self, step: int, tokens_seen: int, content: str) -> Manifest:
         """Everything else."""
-        counts = {"step": step, "tokens_seen": tokens_seen, "seed": self.seed, "world_size": self.world_size}
+        counts: dict[str, Any] = {
+            "step": step,
+            "tokens_seen": tokens_seen,
+            "seed": self.seed,
+            "world_size": self.world_size,
+        }
+        if self.bad_steps is not None:
+            counts["bad_steps"] = self.bad_steps.state_dict()
         schedule = {"step": self.lr_scheduler.last_epoch}
         return Manifest(step, content, counts, schedule, self.data.state_dict(), self.config)
 
@@ -95,6 +107,11 @@ class RunState:
         if "train_state" in excluded:
             return 0, 0
         self._load_generators(folder, manifest)
+        if self.bad_steps is not None and "bad_steps" in manifest.train_state:
+            try:
+                self.bad_steps.load_state_dict(manifest.train_state["bad_steps"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(f"the counts of bad steps are malformed ({error!r})") from None
         return manifest.step, manifest.train_state["tokens_seen"]
 
     def load_data(self, manifest: Manifest) -> None:

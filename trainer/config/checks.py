@@ -215,6 +215,8 @@ def _combination_problems(loaded: Loaded) -> Iterator[Problem]:
     if c.checkpoint.keep_latest_k == 1:
         message = "got 1, the only one could be lost while the next is written; allowed: 0 (all), 2 and more"
         yield loaded.problem("checkpoint.keep_latest_k", message)
+    if c.resilience.after_bad_steps == "roll_back" and not c.checkpoint.enable:
+        yield loaded.problem("resilience.after_bad_steps", "roll_back needs checkpoint.enable")
     if c.checkpoint.last_save_in_hf and not c.checkpoint.last_save_model_only:
         yield loaded.problem("checkpoint.last_save_in_hf", "needs checkpoint.last_save_model_only")
     if c.checkpoint.initial_load_in_hf and not c.checkpoint.initial_load_model_only:
@@ -326,6 +328,7 @@ def warnings(loaded: Loaded) -> list[str]:
         found += [f"{key} has no effect: {reason}" for key in keys]
     if _changed(loaded, "checkpoint.export_dtype") and not c.checkpoint.last_save_model_only:
         found.append("checkpoint.export_dtype has no effect: checkpoint.last_save_model_only is off")
+    found += _idle_resilience(loaded)
     if c.lr_scheduler.warmup_steps > (c.lr_scheduler.total_steps or c.training.steps):
         found.append(
             f"lr_scheduler.warmup_steps {c.lr_scheduler.warmup_steps} is cut to the length of the run"
@@ -337,6 +340,21 @@ def warnings(loaded: Loaded) -> list[str]:
     if c.parallelism.enable_async_tensor_parallel and c.parallelism.tensor_parallel_degree == 1:
         found.append("parallelism.enable_async_tensor_parallel has no effect: tensor_parallel_degree is 1")
     return found
+
+
+def _idle_resilience(loaded: Loaded) -> list[str]:
+    c = loaded.config.resilience
+    needs = [
+        ("loss_spike_factor", c.skip_bad_steps, "resilience.skip_bad_steps is off"),
+        ("max_bad_steps", c.skip_bad_steps, "resilience.skip_bad_steps is off"),
+        ("after_bad_steps", c.skip_bad_steps, "resilience.skip_bad_steps is off"),
+        ("after_bad_steps", c.max_bad_steps > 0, "resilience.max_bad_steps is 0"),
+        ("max_roll_backs", c.after_bad_steps == "roll_back", "resilience.after_bad_steps is 'stop'"),
+    ]
+    keys = [(f"resilience.{name}", works, reason) for name, works, reason in needs]
+    return [
+        f"{key} has no effect: {reason}" for key, works, reason in keys if not works and _changed(loaded, key)
+    ]
 
 
 def _known_converters(config: Any) -> list[str]:

@@ -23,6 +23,7 @@ from trainer.config.sections import (
 )
 from trainer.metrics.config import MetricsConfig, ProfilingConfig
 from trainer.optim.config import LRSchedulerConfig, OptimizerConfig
+from trainer.resilience.config import ResilienceConfig
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class JobConfig:
     compile: CompileConfig = field(default_factory=CompileConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     comm: CommConfig = field(default_factory=CommConfig)

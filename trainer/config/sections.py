@@ -76,6 +76,8 @@ class TrainingConfig:
     """Gradients are clipped to this global L2 norm; 0 switches clipping off."""
     steps: int = field(default=10000, metadata={"min": 1})
     """Optimizer steps to train for."""
+    max_minutes: float | None = field(default=None, metadata={"above": 0.0})
+    """Save and stop before so much time has passed since the launcher's start; exit code 75."""
     enable_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state in host memory."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -21,7 +21,7 @@ Shapes: B = local_batch_size, S = seq_len, R = dp_degree.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -133,6 +133,10 @@ class _Plan:
         return Batch(tensors[0], tensors[1], tensors[2], label_count)
 
 
+def _never() -> bool:
+    return False
+
+
 class DataLoader:
     """Iterates over one rank's batches; see the module's docstring for their order.
 
@@ -148,6 +152,9 @@ class DataLoader:
         self._consumed = plan.begin()
         self._begun = False
         self._batches: Prefetcher | None = None
+        self.give_up: Callable[[], bool] = _never
+        """Asked while a batch is waited for; once it is true, the wait ends with `WaitGivenUp`. Set it before
+        iterating."""
 
     @property
     def epochs(self) -> list[int]:
@@ -178,7 +185,7 @@ class DataLoader:
         self._begun = True
         if self._batches is None:
             batches = self._plan.batches(self._consumed)
-            self._batches = Prefetcher(batches, self._prefetch_factor, self._plan.pin_memory)
+            self._batches = Prefetcher(batches, self._prefetch_factor, self._plan.pin_memory, self.give_up)
         source = self._batches
         try:
             for batch, progress in source:

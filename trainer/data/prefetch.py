@@ -9,10 +9,14 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+
+
+class WaitGivenUp(Exception):  # noqa: N818
+    """The consumer was told to wait no longer."""
 
 
 class _Failure(NamedTuple):
@@ -20,16 +24,30 @@ class _Failure(NamedTuple):
 
 
 _END = object()
+_LOOK_UP_SECONDS = 0.2
 
 
 class Prefetcher:
     """Runs an iterator in a daemon thread, at most ``depth`` items ahead; with depth 0, in the caller.
 
     The thread refers to the queue and not to this object, so dropping the prefetcher ends the thread.
+
+    Args:
+        items: What to run.
+        depth: Items ahead.
+        uses_cuda: The items pin memory.
+        give_up: Asked while the consumer waits; once it is true, `WaitGivenUp` is raised.
     """
 
-    def __init__(self, items: Iterator[Any], depth: int, uses_cuda: bool) -> None:
+    def __init__(
+        self,
+        items: Iterator[Any],
+        depth: int,
+        uses_cuda: bool,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._items = items
+        self._give_up = give_up
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=max(1, depth))
         self._thread: threading.Thread | None = None
         self._finished = False
@@ -54,13 +72,21 @@ class Prefetcher:
             return next(self._items)
         if self._finished:
             raise StopIteration
-        item = self._ready.get()
+        item = self._wait()
         if item is _END or isinstance(item, _Failure):
             self._finished = True
             if isinstance(item, _Failure):
                 raise item.error
             raise StopIteration
         return item
+
+    def _wait(self) -> Any:
+        while True:
+            try:
+                return self._ready.get(timeout=_LOOK_UP_SECONDS)
+            except queue.Empty:
+                if self._give_up():
+                    raise WaitGivenUp from None
 
     def close(self) -> None:
         """End the thread; the items that it prepared are dropped."""

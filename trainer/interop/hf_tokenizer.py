@@ -18,13 +18,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainer.data.tokenizer import (
-    LLAMA3_SPLIT_PATTERN,
-    TiktokenTokenizer,
-    build_tokenizer,
-    find_tokenizer_file,
-    llama3_special_tokens,
-)
+from trainer.data.tokenizer import build_tokenizer, find_tokenizer_file
+from trainer.data.tokenizer_models import LLAMA3_SPLIT_PATTERN, TiktokenTokenizer, llama3_special_tokens
 
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 

@@ -65,6 +65,12 @@ class PhaseClock:
                     del self._open[index]
                     return
 
+    @property
+    def current(self) -> str:
+        """The phase that counts now; any thread may ask."""
+        innermost = self._open[-1:]
+        return innermost[0] if innermost else TRAINING
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Open a phase for the block."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -17,36 +18,67 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 
+@dataclass
+class GradNorms:
+    """Norms of single gradients, as they were before clipping: by whom a joint norm is not finite.
+
+    Reading one waits for the device; keeping them costs nothing, since the joint norm is made of them.
+    """
+
+    parts: list[tuple[list[int], Tensor]] = field(default_factory=list)
+    """(places of gradients, their norms (P,)), a pair for each mesh; of this rank's shards alone."""
+
+    def not_finite(self) -> list[int]:
+        """Places, in the order of the parameters that have gradients, whose norm is not finite here."""
+        return sorted(
+            place
+            for places, norms in self.parts
+            for place, is_finite in zip(places, norms.isfinite().tolist(), strict=True)
+            if not is_finite
+        )
+
+
 def clip_grad_norm(
-    parameters: Iterable[Tensor], max_norm: float, stages: dist.ProcessGroup | None = None
+    parameters: Iterable[Tensor],
+    max_norm: float,
+    stages: dist.ProcessGroup | None = None,
+    single: GradNorms | None = None,
 ) -> Tensor:
     """Scale all gradients so that their joint L2 norm is at most `max_norm` (0: leave them).
 
     Args:
-        parameters: Those that this rank holds.
+        parameters: Those that this rank holds; those without a gradient are passed over.
         max_norm: Largest norm.
         stages: Ranks that hold the other parameters of the model; None where this one holds all.
+        single: Filled with the gradients' own norms.
 
     Returns:
         The norm before clipping: an fp32 scalar on the device, the same on every rank; reading it is the
         caller's only synchronisation with the device.
     """
     parameters = [p for p in parameters if p.grad is not None]
-    norm = total_norm([p.grad for p in parameters if p.grad is not None], stages)
+    norm = total_norm([p.grad for p in parameters if p.grad is not None], stages, single)
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
-def total_norm(tensors: Iterable[Tensor], stages: dist.ProcessGroup | None = None) -> Tensor:
+def total_norm(
+    tensors: Iterable[Tensor], stages: dist.ProcessGroup | None = None, single: GradNorms | None = None
+) -> Tensor:
     """L2 norm of all tensors together, and of those of other `stages`; meshes of sharded ones may differ."""
-    groups: dict[DeviceMesh | None, list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        groups[tensor.device_mesh if isinstance(tensor, DTensor) else None].append(tensor)
+    groups: dict[DeviceMesh | None, list[tuple[int, Tensor]]] = defaultdict(list)
+    for place, tensor in enumerate(tensors):
+        groups[tensor.device_mesh if isinstance(tensor, DTensor) else None].append((place, tensor))
     norms = []
-    for group in groups.values():
+    for members in groups.values():
+        group = [tensor for _, tensor in members]
         each = torch._foreach_norm(group, 2.0, torch.float64 if group[0].device.type == "cpu" else None)
-        together = torch.linalg.vector_norm(torch.stack(each))
+        stacked = torch.stack(each)
+        if single is not None:
+            local = stacked.to_local() if isinstance(stacked, DTensor) else stacked
+            single.parts.append(([place for place, _ in members], local))
+        together = torch.linalg.vector_norm(stacked)
         norms.append(together.full_tensor() if isinstance(together, DTensor) else together)
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if stages is not None:

@@ -1,6 +1,6 @@
 """Run by tests/integration/test_checkpoint.py, once a rank: saves and loads under several layouts.
 
-    python layouts_worker.py FOLDER PORTS make|load LAYOUT...
+    python layouts_worker.py FOLDER make|load LAYOUT...
 
 `make` trains two steps under each layout, saves FOLDER/LAYOUT and trains on. `load` loads each of these
 under each other layout. Both write FOLDER/{source}-as-{layout}.json: hashes of the state at step 2, and
@@ -9,6 +9,7 @@ the losses after it.
 
 import gc
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ import torch.distributed as dist
 REPO = Path(__file__).parents[3]
 sys.path.insert(0, str(REPO))
 
-from parallelisms.distributed import Rank  # noqa: E402
+from parallelisms.distributed import ATTEMPT_VARIABLE, Rank  # noqa: E402
 from trainer.config.preflight import preflight  # noqa: E402
 from trainer.log import setup_logging  # noqa: E402
 from trainer.metrics.history import read_history  # noqa: E402
@@ -63,9 +64,9 @@ FLAGS = [
 ]
 
 
-def train(folder, layout, steps, observe=False):
+def train(task, folder, layout, steps, observe=False):
     """Run up to `steps` in `folder`; with `observe`, returns hashes of what the run begins with."""
-    os.environ["MASTER_PORT"] = PORTS.pop()
+    os.environ[ATTEMPT_VARIABLE] = f"{task}/{next(RUNS)}"
     config = f"--job.config_file={REPO}/train_configs/debug_model.toml"
     flags = [config, *FLAGS, *LAYOUTS[layout], f"--training.steps={steps}", f"--job.dump_folder={folder}"]
     rank = Rank.from_env()
@@ -92,12 +93,12 @@ def state_hashes(trainer):
 
 def main():
     torch.set_num_threads(1)
-    root, task, layouts = Path(sys.argv[1]), sys.argv[3], sys.argv[4:]
+    root, task, layouts = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
     rank = int(os.environ["RANK"])
     setup_logging(rank, int(os.environ["WORLD_SIZE"]))
     for layout in layouts:
         if task == "make":
-            train(root / layout, layout, 2)
+            train(task, root / layout, layout, 2)
         others = sorted(path.name for path in root.iterdir() if path.name in LAYOUTS and path.name != layout)
         sources = [layout] if task == "make" else others
         for source in sources:
@@ -105,12 +106,12 @@ def main():
             if rank == 0:
                 shutil.copytree(root / source, root / name)
             # Other ranks wait for the copy: they meet rank 0 before anyone looks into the folder.
-            hashes = train(root / name, layout, 4, observe=True)
+            hashes = train(task, root / name, layout, 4, observe=True)
             if rank == 0:
                 losses = read_history(root / name).curve("loss")[1]
                 (root / f"{name}.json").write_text(json.dumps({"hashes": hashes, "losses": losses}))
 
 
 if __name__ == "__main__":
-    PORTS = sys.argv[2].split(",")
+    RUNS = itertools.count()
     main()
