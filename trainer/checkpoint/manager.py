@@ -27,17 +27,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from trainer.checkpoint import changes, files
-from trainer.checkpoint.choose import Found, choose
+from trainer.checkpoint import changes, folders
+from trainer.checkpoint.choose import Found, choose, is_complete
 from trainer.checkpoint.files import CheckpointError
-from trainer.checkpoint.integrity import read_records
 from trainer.checkpoint.manifest import FULL, MODEL_ONLY, Manifest
 from trainer.checkpoint.ranks import Ranks
+from trainer.checkpoint.remote import checkpoint_root
 from trainer.checkpoint.state import RunState
 from trainer.checkpoint.writer import Box, Plan, local_data, make_plan, to_host, write_checkpoint
 from trainer.config.errors import ConfigError, Problem
@@ -58,7 +57,7 @@ class CheckpointManager:
     def __init__(self, loaded: Loaded) -> None:
         self._loaded, self._config = loaded, loaded.config.checkpoint
         self._last_step = loaded.config.training.steps
-        self._root = Path(loaded.config.job.dump_folder) / self._config.folder
+        self._root = checkpoint_root(loaded.config.job.dump_folder, self._config.folder)
         self._found: Found | None = None
         self._lock: int | None = None
         self._saved_step = -1
@@ -193,7 +192,7 @@ class CheckpointManager:
             self._crash = error
 
     def _write(self, plan: Plan, host: Callable[[Box], Any], manifest: Manifest, started: float) -> None:
-        target = files.step_folder(self._root, manifest.step)
+        target = folders.step_folder(self._root, manifest.step)
         try:
             size = write_checkpoint(target, plan, host, manifest, self._ranks)
             gone = self._ranks.first_does(lambda: self._prune(manifest.step))
@@ -216,14 +215,14 @@ class CheckpointManager:
 
     def _prune(self, saved: int) -> list[int]:
         try:
-            return files.prune(self._root, self._config.keep_latest_k, saved, is_complete)
+            return folders.prune(self._root, self._config.keep_latest_k, saved, is_complete)
         except OSError as error:
             log.warning("checkpoint: could not remove old ones in %s: %s", self._root, error.strerror)
             return []
 
     def _take_folder(self) -> None:
-        self._lock = files.lock(self._root)
-        files.clean_leftovers(self._root)
+        self._lock = folders.lock(self._root)
+        folders.clean_leftovers(self._root)
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -256,15 +255,6 @@ def _data_misfit(found: Found, message: str) -> ConfigError:
     lines = message.splitlines()[:2]
     lines.append("  set it as it was, or start the data anew: checkpoint.exclude_from_loading=dataloader")
     return ConfigError([Problem(found.folder.name, "\n".join(lines))])
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint whose marker, names and sizes are right."""
-    try:
-        read_records(folder)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _copied(tensor: torch.Tensor, box: Box) -> torch.Tensor:

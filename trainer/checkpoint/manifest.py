@@ -24,11 +24,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.files import FILE_NAME, CheckpointError, read_regular, step_of
+from trainer.checkpoint.files import FILE_NAME, CheckpointError, read_regular
+from trainer.checkpoint.folders import step_of
 from trainer.checkpoint.integrity import FileRecord, parse_json, read_records, verify_files
+from trainer.checkpoint.remote import Place
 
 MANIFEST_FILE = "manifest.json"
 VERSION = 1
@@ -94,7 +95,7 @@ class Manifest:
         return json.dumps(document, indent=1, default=str).encode() + b"\n"
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Place) -> Manifest:
     """Read and check the manifest of a checkpoint.
 
     Raises:
@@ -118,7 +119,7 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(parsed["step"], parsed["content"], tensors=tensors, **sections)
 
 
-def open_checkpoint(folder: Path) -> tuple[dict[str, FileRecord], Manifest]:
+def open_checkpoint(folder: Place) -> tuple[dict[str, FileRecord], Manifest]:
     """Records and manifest of a complete checkpoint; the tensors' files are not read.
 
     Raises:

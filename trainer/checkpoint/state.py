@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from converters.base import Converter
 from trainer.checkpoint.files import CheckpointError
 from trainer.checkpoint.manifest import FULL, MODEL_ONLY, Manifest
 from trainer.checkpoint.reader import empty_like_entry, read_tensors
+from trainer.checkpoint.remote import Place
 from trainer.data.loader import DataLoader
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class RunState:
         schedule = {"step": self.lr_scheduler.last_epoch}
         return Manifest(step, content, counts, schedule, self.data.state_dict(), self.config)
 
-    def load(self, folder: Path, manifest: Manifest, excluded: Collection[str]) -> tuple[int, int]:
+    def load(self, folder: Place, manifest: Manifest, excluded: Collection[str]) -> tuple[int, int]:
         """Take over the state of a checkpoint, but for the data's and what is `excluded`.
 
         Returns:
@@ -109,7 +109,7 @@ class RunState:
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"the position in the data is malformed ({error!r})") from None
 
-    def load_model(self, folder: Path, manifest: Manifest) -> None:
+    def load_model(self, folder: Place, manifest: Manifest) -> None:
         """Take over the parameters alone.
 
         Raises:
@@ -121,7 +121,7 @@ class RunState:
             raise CheckpointError(f"has model.{extra[0]}, which this model has not")
         read_tensors(folder, manifest, mine)
 
-    def _load_optimizer(self, folder: Path, manifest: Manifest) -> None:
+    def _load_optimizer(self, folder: Place, manifest: Manifest) -> None:
         """Fill the optimizer's state; it is made here, since an optimizer has none before its first step."""
         plain, trained = model_tensors(self.model), _parameters(self.model)
         on_device = any(
@@ -146,7 +146,7 @@ class RunState:
             raise CheckpointError("has no optimizer state")
         read_tensors(folder, manifest, targets)
 
-    def _load_converters(self, folder: Path, manifest: Manifest) -> None:
+    def _load_converters(self, folder: Place, manifest: Manifest) -> None:
         saved = {name.partition(".")[0] for name in manifest.under("converter")}
         elsewhere = {fqn.rpartition(".")[0] for fqn in self.fqns - set(model_tensors(self.model))}
         for converter in self.converters:
@@ -174,7 +174,7 @@ class RunState:
                 "the state of converter %s in the checkpoint is not used: it is off in this run", name
             )
 
-    def _load_generators(self, folder: Path, manifest: Manifest) -> None:
+    def _load_generators(self, folder: Place, manifest: Manifest) -> None:
         if manifest.train_state["world_size"] != self.world_size:
             return
         mine = _generators()

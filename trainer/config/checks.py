@@ -190,9 +190,6 @@ def _world_problems(loaded: Loaded, world_size: int) -> Iterator[Problem]:
         shown = " x ".join(f"{name} {degree}" for name, degree in degrees.items())
         yield Problem("parallelism", f"{shown} does not fit {world_size} processes (NGPU x NNODES)")
         return
-    if c.checkpoint.create_seed_checkpoint and world_size > 1:
-        message = f"runs on one device, got {world_size} processes (NGPU x NNODES)"
-        yield loaded.problem("checkpoint.create_seed_checkpoint", message)
     dp = p.data_parallel_replicate_degree * shard
     micro, total = c.training.local_batch_size * dp, c.training.global_batch_size
     if total != -1 and (total < micro or total % micro):
