@@ -221,8 +221,14 @@ class CheckpointManager:
             return []
 
     def _take_folder(self) -> None:
-        self._lock = folders.lock(self._root)
-        folders.clean_leftovers(self._root)
+        try:
+            self._lock = folders.lock(self._root)
+            folders.clean_leftovers(self._root)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._root} cannot be written to: {error.strerror}\n"
+                "  choose another job.dump_folder or checkpoint.folder, or set checkpoint.load_only"
+            ) from None
 
     def _release(self) -> None:
         if self._lock is not None:

@@ -139,6 +139,7 @@ class RemotePath:
     def write(self, content: bytes) -> None:
         """Write a small file."""
         with self._backend() as (fs, path):
+            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             fs.pipe_file(path, content)
 
     def remove(self) -> None:

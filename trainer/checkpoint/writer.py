@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,6 +53,7 @@ DTYPES = {
 """dtype -> its name in safetensors."""
 MARGIN_BYTES = 2**20
 """Free space asked for beyond the tensors, for the JSON files."""
+_BLOCKS_BEHIND = 8
 
 
 @dataclass(frozen=True)
@@ -197,14 +198,20 @@ def _blocks(boxes: Sequence[Box], host_tensor: Callable[[Box], Tensor]) -> Itera
 
 
 def _write_blocks(file: NewFile, blocks: Iterable[memoryview]) -> FileRecord:
-    """Write blocks while another thread computes their checksum: both leave Python's lock."""
-    size, checksum = 0, new_checksum()
+    """Write blocks while another thread computes their checksum: both leave Python's lock.
+
+    The checksum may fall `_BLOCKS_BEHIND` blocks behind, so that a busy moment of either costs no time.
+    """
+    size, checksum, under_way = 0, new_checksum(), deque[Future[None]]()
     with ThreadPoolExecutor(1) as side:
         for block in blocks:
-            done = side.submit(checksum.update, block)
+            under_way.append(side.submit(checksum.update, block))
             file.write(block)
-            done.result()
             size += len(block)
+            if len(under_way) > _BLOCKS_BEHIND:
+                under_way.popleft().result()
+        for rest in under_way:
+            rest.result()
     return FileRecord(size, checksum.hexdigest())
 
 
