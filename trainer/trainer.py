@@ -182,6 +182,7 @@ class Trainer:
             self.model.parameters(), self.config.training.max_norm, self.mesh.stage_group
         )
         lr = self.lr_scheduler.get_last_lr()[0]
+        self.checkpoints.before_update()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.lr_scheduler.step()

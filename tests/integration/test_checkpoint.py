@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from trainer.checkpoint.integrity import read_records, verify
 from trainer.metrics.history import read_history
@@ -112,16 +112,12 @@ def test_a_killed_run_is_the_unbroken_run(tmp_path, ngpu, flags, kills):
     ]
 
 
-def free_ports(count):
-    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
-    ports = [str(server.getsockname()[1]) for server in sockets]
-    for server in sockets:
-        server.close()
-    return ",".join(ports)
-
-
 def work(folder, world_size, task, *layouts):
-    ports = free_ports(16)
+    # A port that is looked up and let go may be another process's by the time it is used: these are held.
+    stores = [
+        torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in range(16)
+    ]
+    ports = ",".join(str(store.port) for store in stores)
     workers = [
         subprocess.Popen(
             [
@@ -138,6 +134,7 @@ def work(folder, world_size, task, *layouts):
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world_size),
                 "MASTER_ADDR": "localhost",
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "OMP_NUM_THREADS": "1",
                 "CUDA_VISIBLE_DEVICES": "",
             },
@@ -148,9 +145,13 @@ def work(folder, world_size, task, *layouts):
         )
         for rank in range(world_size)
     ]
-    for worker in workers:
-        out, _ = worker.communicate(timeout=240)
-        assert worker.returncode == 0, out[-4000:]
+    try:
+        for worker in workers:
+            out, _ = worker.communicate(timeout=400)
+            assert worker.returncode == 0, out[-4000:]
+    finally:
+        for worker in workers:
+            worker.kill()
 
 
 def check_layouts(folder, makers, loaders):

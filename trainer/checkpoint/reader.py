@@ -42,12 +42,7 @@ def read_tensors(folder: Place, manifest: Manifest, targets: Mapping[str, Tensor
     Raises:
         CheckpointError: an entry is missing or has another shape, or a file does not hold what it should.
     """
-    for key, target in targets.items():
-        entry = manifest.tensors.get(key)
-        if entry is None:
-            raise CheckpointError(f"has no {key}")
-        if entry.shape != tuple(target.shape):
-            raise CheckpointError(f"has {key} of shape {list(entry.shape)}, here it is {list(target.shape)}")
+    check_shapes(manifest, targets)
     metadata = Metadata({key: _metadata(manifest.tensors[key]) for key in targets})
     by_file: dict[str, list[tuple[Chunk, ReadItem]]] = defaultdict(list)
     chunks = {(key, c.offsets): c for key in targets for c in manifest.tensors[key].chunks}
@@ -63,6 +58,20 @@ def read_tensors(folder: Place, manifest: Manifest, targets: Mapping[str, Tensor
         contents = read_ranges(folder / name, [(piece.start, piece.end) for piece in pieces])
         for piece, content in zip(pieces, contents, strict=True):
             _fill(targets[piece.item.dest_index.fqn], piece, content)
+
+
+def check_shapes(manifest: Manifest, targets: Mapping[str, Tensor]) -> None:
+    """Check that the checkpoint has every target, in its shape; nothing is read.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    for key, target in targets.items():
+        entry = manifest.tensors.get(key)
+        if entry is None:
+            raise CheckpointError(f"has no {key}")
+        if entry.shape != tuple(target.shape):
+            raise CheckpointError(f"has {key} of shape {list(entry.shape)}, here it is {list(target.shape)}")
 
 
 def empty_like_entry(manifest: Manifest, key: str, device: torch.device | str = "cpu") -> Tensor:

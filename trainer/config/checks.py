@@ -213,11 +213,6 @@ def unavailable(loaded: Loaded) -> list[Problem]:
             c.checkpoint.initial_load_in_hf_quantized,
             "loading Hugging Face's format",
         ),
-        (
-            "checkpoint.async_mode",
-            c.checkpoint.async_mode == "async_with_pinned_mem",
-            "staging in pinned memory (async_mode 'async' is there)",
-        ),
         ("comm.mode", c.comm.mode != "default", f"comm.mode {c.comm.mode!r}"),
         ("optimizer.early_step_in_backward", c.optimizer.early_step_in_backward, "stepping inside backward"),
         ("debug.moe_force_load_balance", c.debug.moe_force_load_balance, "mixture-of-experts"),

@@ -65,7 +65,7 @@ FLAGS = [
 
 def train(folder, layout, steps, observe=False):
     """Run up to `steps` in `folder`; with `observe`, returns hashes of what the run begins with."""
-    os.environ["MASTER_PORT"] = PORTS.pop()
+    os.environ["MASTER_PORT"] = PORTS.pop()  # each meeting at a store that the test holds, as under torchrun
     config = f"--job.config_file={REPO}/train_configs/debug_model.toml"
     flags = [config, *FLAGS, *LAYOUTS[layout], f"--training.steps={steps}", f"--job.dump_folder={folder}"]
     rank = Rank.from_env()
