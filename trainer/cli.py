@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
         "trainer.commands.config", "show the merged configuration and where each value comes from"
     ),
     "plot": Command("trainer.commands.plot", "draw the curves of one or more runs", ("plot",)),
+    "selftest": Command("trainer.commands.selftest", "prove that a killed run resumes exactly on this machine"),
     "tokenizer": Command("trainer.commands.tokenizer", "train a tokenizer", ("train_tokenizer",)),
 }
 

@@ -37,7 +37,7 @@ def list_checkpoints(folder: str) -> int:
         content = "full" if manifest.content == FULL else "model only"
         tokens, ranks = f"{state.get('tokens_seen', 0):,}", str(state.get("world_size", "?"))
         rows.append((str(step), content, ranks, tokens, size, when, "complete"))
-    _print_table(rows)
+    print_table(rows)
     return 0
 
 
@@ -53,7 +53,7 @@ def verify(folder: str) -> int:
         except CheckpointError as error:
             faults += 1
             rows.append((str(step), "?", "?", f"INVALID  {error}"))
-    _print_table(rows)
+    print_table(rows)
     return EXIT_CHECKPOINT if faults else 0
 
 
@@ -211,7 +211,8 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of text, the first of them the heading, in columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
