@@ -38,6 +38,9 @@ COMMANDS: dict[str, Command] = {
         "trainer.commands.plan", "memory, shapes, communication and time of a run before it starts"
     ),
     "plot": Command("trainer.commands.plot", "draw the curves of one or more runs", ("plot",)),
+    "selftest": Command(
+        "trainer.commands.selftest", "prove that a killed run resumes exactly on this machine"
+    ),
     "tokenize": Command("trainer.commands.tokenize", "turn text into token files", ("tokenize",)),
     "tokenizer": Command("trainer.commands.tokenizer", "train a tokenizer", ("train_tokenizer",)),
 }

@@ -56,15 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_help(USAGE)
         return 0
     try:
-        processes, nodes = _processes(os.environ), _number(os.environ, "NNODES", 1)
+        count, nodes = processes(os.environ), _number(os.environ, "NNODES", 1)
         restarts = _number(os.environ, "MAX_RESTARTS", 0, least=0)
-        loaded = preflight(argv, world_size=processes * nodes)
+        loaded = preflight(argv, world_size=count * nodes)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EXIT_BAD_INPUT
     if loaded.config.comm.mode == "fake_backend":
-        return _dry_run(argv, processes * nodes)
-    return _torchrun(argv, processes, nodes, restarts, Path(loaded.config.job.dump_folder))
+        return _dry_run(argv, count * nodes)
+    return _torchrun(argv, count, nodes, restarts, Path(loaded.config.job.dump_folder))
 
 
 def _dry_run(argv: Sequence[str], world_size: int) -> int:
@@ -93,7 +93,8 @@ def visible_gpus(env: Mapping[str, str]) -> int:
     return sum(1 for node in nodes if node.read_text().strip() not in ("", "0"))
 
 
-def _processes(env: Mapping[str, str]) -> int:
+def processes(env: Mapping[str, str]) -> int:
+    """Processes on this machine: NGPU, else one a GPU, else one."""
     return _number(env, "NGPU", max(1, visible_gpus(env)))
 
 

@@ -189,6 +189,7 @@ class Trainer:
             self.model.parameters(), self.config.training.max_norm, self.mesh.stage_group, norms
         )
         lr = self.lr_scheduler.get_last_lr()[0]
+        self.checkpoints.before_update()
         self.faults.optimizer_step(loss, grad_norm, norms)
         self.optimizer.zero_grad()
         self.lr_scheduler.step()

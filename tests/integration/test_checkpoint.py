@@ -142,9 +142,13 @@ def work(folder, world_size, task, *layouts):
         )
         for rank in range(world_size)
     ]
-    for worker in workers:
-        out, _ = worker.communicate(timeout=240)
-        assert worker.returncode == 0, out[-4000:]
+    try:
+        for worker in workers:
+            out, _ = worker.communicate(timeout=400)
+            assert worker.returncode == 0, out[-4000:]
+    finally:
+        for worker in workers:
+            worker.kill()
 
 
 def check_layouts(folder, makers, loaders):
@@ -203,3 +207,23 @@ def test_the_command_lists_verifies_shows_and_prunes(tmp_path, capsys):
     assert sorted(path.name for path in (run / "checkpoint").glob("step*")) == ["step-4", "step-6"]
     assert main(["checkpoint", "prune", str(run), "--keep", "0"]) == 2
     assert main(["checkpoint", "list", str(tmp_path / "nothing")]) == 2
+
+
+def test_the_selftest_kills_resumes_and_compares(tmp_path, capsys, monkeypatch):
+    from trainer.cli import main
+
+    monkeypatch.setenv("NGPU", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("CONFIG_FILE", str(REPO / "train_configs/debug_model.toml"))
+    flags = [*FLAGS, f"--job.dump_folder={tmp_path}", "--checkpoint.async_mode=async"]
+    assert main(["selftest", "resume", "--steps=8", "--kills=1", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "start 2: resumed from step-" in out
+    assert [line.split()[1:4] for line in out.splitlines() if line.startswith(("loss", "grad_norm"))] == [
+        ["8", "steps", "8"],
+        ["8", "steps", "8"],
+    ]
+    assert "identical: a killed run resumes exactly here" in out
+    assert list(tmp_path.iterdir()) == []
+    assert main(["selftest", "resume", "--training.stepz=1"]) == 2
+    assert main(["selftest", "resume", "--kills=0"]) == 2

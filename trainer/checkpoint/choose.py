@@ -20,10 +20,12 @@ from functools import partial
 from pathlib import Path
 
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.files import CheckpointError, step_folder, step_folders, step_of
-from trainer.checkpoint.integrity import verify_files
+from trainer.checkpoint.files import CheckpointError
+from trainer.checkpoint.folders import step_folder, step_folders, step_of
+from trainer.checkpoint.integrity import read_records, verify_files
 from trainer.checkpoint.manifest import FULL, Manifest, open_checkpoint
 from trainer.checkpoint.ranks import Ranks
+from trainer.checkpoint.remote import Place, as_place
 
 log = logging.getLogger(__name__)
 
@@ -32,19 +34,19 @@ log = logging.getLogger(__name__)
 class Found:
     """A checkpoint that was checked and is to be loaded."""
 
-    folder: Path
+    folder: Place
     manifest: Manifest
     is_own: bool
     """From the run's own folder: the run goes on. Otherwise it starts from foreign weights."""
 
 
-def choose(config: CheckpointConfig, root: Path, ranks: Ranks) -> Found | None:
+def choose(config: CheckpointConfig, root: Place, ranks: Ranks) -> Found | None:
     """See the module; all ranks call it and get the same.
 
     Raises:
         CheckpointError: what was asked for is not there or not valid, or nothing of what is there is.
     """
-    steps = ranks.share([folder.step for folder in step_folders(root)] if ranks.is_first else None)
+    steps = ranks.first_does(lambda: [folder.step for folder in step_folders(root)])
     if config.load_step >= 0 and (steps or not config.initial_load_path):
         folder = step_folder(root, config.load_step)
         if config.load_step not in steps:
@@ -61,17 +63,17 @@ def choose(config: CheckpointConfig, root: Path, ranks: Ranks) -> Found | None:
     if steps:
         return Found(*_newest(root, steps, ranks, _resumable), is_own=True)
     if config.initial_load_path and not config.initial_load_in_hf:
-        return _initial(Path(config.initial_load_path).expanduser(), config, ranks)
+        return _initial(as_place(config.initial_load_path), config, ranks)
     return None
 
 
-def _initial(path: Path, config: CheckpointConfig, ranks: Ranks) -> Found:
+def _initial(path: Place, config: CheckpointConfig, ranks: Ranks) -> Found:
     check = _any_content if config.initial_load_model_only else _resumable
     # The user may name a symlink; only what is found inside a folder must not be one.
-    real = path.resolve()
+    real = path.resolve() if isinstance(path, Path) else path
     if step_of(real.name) is not None:
         return Found(real, _checked(real, ranks, check), is_own=False)
-    steps = ranks.share([folder.step for folder in step_folders(real)] if ranks.is_first else None)
+    steps = ranks.first_does(lambda: [folder.step for folder in step_folders(real)])
     if not steps:
         raise CheckpointError(
             f"checkpoint.initial_load_path = {str(path)!r}: no checkpoint is there\n"
@@ -81,8 +83,8 @@ def _initial(path: Path, config: CheckpointConfig, ranks: Ranks) -> Found:
 
 
 def _newest(
-    root: Path, steps: list[int], ranks: Ranks, check: Callable[[Manifest], None]
-) -> tuple[Path, Manifest]:
+    root: Place, steps: list[int], ranks: Ranks, check: Callable[[Manifest], None]
+) -> tuple[Place, Manifest]:
     last = ""
     for step in reversed(steps):
         folder = step_folder(root, step)
@@ -97,7 +99,7 @@ def _newest(
     )
 
 
-def _checked(folder: Path, ranks: Ranks, check: Callable[[Manifest], None]) -> Manifest:
+def _checked(folder: Place, ranks: Ranks, check: Callable[[Manifest], None]) -> Manifest:
     try:
         records, manifest = ranks.first_does(partial(open_checkpoint, folder))
         check(manifest)
@@ -121,3 +123,12 @@ def _any_content(manifest: Manifest) -> None:
 def _listed(steps: list[int]) -> str:
     shown = [str(step) for step in steps[-8:]]
     return ("..., " if len(steps) > 8 else "") + ", ".join(shown)
+
+
+def is_complete(folder: Place) -> bool:
+    """Whether a folder holds a checkpoint whose marker, names and sizes are right."""
+    try:
+        read_records(folder)
+    except CheckpointError:
+        return False
+    return True

@@ -20,13 +20,13 @@ class CheckpointConfig:
     enable_ft_dataloader_checkpoints: bool = True
     """Per-replica data positions for replicated fault tolerance."""
     folder: str = "checkpoint"
-    """Subfolder of job.dump_folder."""
+    """Subfolder of job.dump_folder, or a URL that fsspec opens (s3://bucket/run)."""
     interval: int = field(default=500, metadata={"min": 1})
     """Steps between saves."""
     interval_minutes: float = field(default=0.0, metadata={"min": 0.0})
     """Save also when this much time has passed since the last save; 0 is never."""
     initial_load_path: str | None = None
-    """Checkpoint to start from while the folder has none."""
+    """Checkpoint to start from while the folder has none: a folder, or a URL that fsspec opens."""
     initial_load_model_only: bool = True
     """Take only the model's weights from it."""
     initial_load_in_hf: bool = False
@@ -47,19 +47,31 @@ class CheckpointConfig:
     """Step to resume from; -1 is the newest."""
     exclude_from_loading: list[str] = field(default_factory=list)
     """Parts of the state not to load: optimizer, lr_scheduler, dataloader, train_state."""
+    accept_model_changes: bool = False
+    """Resume although settings that change what the weights compute (rope_theta, say) are not as they were."""
     enable_first_step_checkpoint: bool = False
     """Save after step 1 too, to learn early whether saving works."""
     create_seed_checkpoint: bool = False
-    """Write the initial model as step 0 and exit; on one device."""
+    """Write the initial model as step 0 and exit."""
     load_only: bool = False
     """Load but never save."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """What cannot work within this section."""
+        from trainer.checkpoint.remote import check_protocol, is_url
         from trainer.config.errors import unknown
 
+        for name in ("folder", "initial_load_path"):
+            place = getattr(self, name) or ""
+            if is_url(place):
+                try:
+                    check_protocol(place)
+                except ValueError as error:
+                    yield name, str(error)
         folder = PurePath(self.folder)
-        if folder.is_absolute() or ".." in folder.parts or folder == PurePath("."):
+        if "://" not in self.folder and (
+            folder.is_absolute() or ".." in folder.parts or folder == PurePath(".")
+        ):
             yield "folder", f"got {self.folder!r}; allowed: a name below job.dump_folder"
         for name in self.exclude_from_loading:
             if name not in PARTS:

@@ -9,9 +9,8 @@
         if checkpoints.due(step): checkpoints.save(state, step, tokens)
     checkpoints.finish()
 
-`checkpoint.async_mode` = "async": `save` copies this rank's share to host memory, and a background thread
-writes it; the copy is the snapshot, so what is written does not depend on what training does meanwhile. A
-save begins only when the one before it has ended.
+With `checkpoint.async_mode`, `save` copies this rank's share to host memory (`trainer.checkpoint.staging`), and
+a background thread writes it. A save begins only when the one before it has ended.
 
 A save that fails leaves nothing behind and former checkpoints as they were. It ends the run where the user
 must know: at step 1 (`enable_first_step_checkpoint` asks whether saving works) and at the last step.
@@ -21,6 +20,7 @@ In between it is an error on stderr, and the next interval tries again: a disk m
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -33,14 +33,23 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint import changes, files
-from trainer.checkpoint.choose import Found, choose
+from trainer.checkpoint import changes, folders
+from trainer.checkpoint.choose import Found, choose, is_complete
 from trainer.checkpoint.files import CheckpointError
-from trainer.checkpoint.integrity import read_records
 from trainer.checkpoint.manifest import FULL, MODEL_ONLY, Manifest
 from trainer.checkpoint.ranks import Ranks
+from trainer.checkpoint.remote import checkpoint_root
+from trainer.checkpoint.staging import Staging
 from trainer.checkpoint.state import RunState, model_tensors
-from trainer.checkpoint.writer import Box, Plan, local_data, make_plan, to_host, write_checkpoint
+from trainer.checkpoint.writer import (
+    MARGIN_BYTES,
+    Box,
+    Plan,
+    local_data,
+    make_plan,
+    to_host,
+    write_checkpoint,
+)
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.load import Loaded
 from trainer.interop.export import load_in_run, open_for_run, save_in_run
@@ -61,11 +70,12 @@ class CheckpointManager:
     def __init__(self, loaded: Loaded) -> None:
         self._loaded, self._config = loaded, loaded.config.checkpoint
         self._last_step = loaded.config.training.steps
-        self._root = Path(loaded.config.job.dump_folder) / self._config.folder
+        self._root = checkpoint_root(loaded.config.job.dump_folder, self._config.folder)
         self._found: Found | None = None
         self._hf: HfFolder | None = None
         self._lock: int | None = None
         self._saved_step = -1
+        self._staging: Staging | None = None
         self._writing: threading.Thread | None = None
         self._failure: str | None = None
         self._crash: Exception | None = None
@@ -109,6 +119,7 @@ class CheckpointManager:
         found = self._found
         if found is None:
             self._begin(state)
+            self._check_space(state)
             return 0, 0
         started = time.perf_counter()
         manifest = found.manifest
@@ -124,11 +135,15 @@ class CheckpointManager:
 
         with self._ending():
             try:
+                self._ranks.all_do(lambda: state.check_model(manifest))
+                self._check_function(found)
                 step, tokens = self._ranks.all_do(load)[0]
                 if not model_only and manifest.content == FULL and "dataloader" not in excluded:
                     state.load_data(manifest)  # the same on every rank, and so is its error
             except CheckpointError as error:
                 raise self._misfit(found, str(error), differences) from None
+            except ConfigError:
+                raise
             except ValueError as error:
                 raise _data_misfit(found, str(error)) from None
         self._saved_step = step if found.is_own else -1
@@ -144,6 +159,8 @@ class CheckpointManager:
             log.info("checkpoint: saved by %s ranks, loaded by %d", *_worlds(manifest, state))
         if step >= self._last_step:
             log.info("checkpoint: training.steps is %d: nothing is left to train", self._last_step)
+        else:
+            self._check_space(state)
         return step, tokens
 
     def roll_back(self, state: RunState) -> tuple[int, int] | None:
@@ -190,26 +207,38 @@ class CheckpointManager:
         export = _EXPORT[self._config.export_dtype] if model_only and step > 0 else None
         tensors = state.tensors(content)
         plan = make_plan(tensors, export, self._ranks)
-        manifest = state.manifest(step, tokens_seen, content)
+        settings = changes.model_settings(self._loaded.config)
+        manifest = replace(state.manifest(step, tokens_seen, content), model=settings)
         self._saved_step = step
         must_succeed = is_last or step in (0, 1, self._last_step)
         if self._config.async_mode == "disabled":
             self._write(plan, lambda box: to_host(local_data(tensors, box), box), manifest, started)
             self._raise_failure(must_succeed)
             return
-        staged = {box: _copied(local_data(tensors, box), box) for box in plan[self._ranks.rank]}
+        if self._staging is None:
+            self._staging = Staging(pinned=self._config.async_mode == "async_with_pinned_mem")
+        staged = self._staging.take(
+            plan[self._ranks.rank], lambda box: local_data(tensors, box), state.updated_keys()
+        )
         log.info("checkpoint: step-%d copied, training stood still for %.2fs", step, _since(started))
-        work = partial(self._write, plan, staged.__getitem__, manifest, started)
+        work = partial(self._write, plan, staged, manifest, started)
         self._writing = threading.Thread(target=self._in_background, args=(work,), daemon=True)
         self._writing.start()
         if must_succeed:
             self._wait()
             self._raise_failure(must_succeed)
 
+    def before_update(self) -> None:
+        """To be called before the optimizer's step, which must not overtake a snapshot that is being copied."""
+        if self._staging is not None:
+            self._staging.before_update()
+
     def finish(self) -> None:
         """Wait until the last save is written, and leave the folder to others."""
         self._wait()
         self._raise_failure(must_succeed=False)
+        if self._staging is not None:
+            self._staging.release()
         self._release()
 
     def _begin(self, state: RunState) -> None:
@@ -224,6 +253,7 @@ class CheckpointManager:
 
     def _save_hf(self, state: RunState, step: int) -> None:
         started = time.perf_counter()
+        assert isinstance(self._root, Path)  # checked with the configuration
         with self._ending():
             tensors = model_tensors(state.model)
             target = save_in_run(self._loaded.config, self._root, step, tensors, self._ranks)
@@ -245,7 +275,7 @@ class CheckpointManager:
             self._crash = error
 
     def _write(self, plan: Plan, host: Callable[[Box], Any], manifest: Manifest, started: float) -> None:
-        target = files.step_folder(self._root, manifest.step)
+        target = folders.step_folder(self._root, manifest.step)
         try:
             size = write_checkpoint(target, plan, host, manifest, self._ranks)
             gone = self._ranks.first_does(lambda: self._prune(manifest.step))
@@ -269,14 +299,20 @@ class CheckpointManager:
 
     def _prune(self, saved: int) -> list[int]:
         try:
-            return files.prune(self._root, self._config.keep_latest_k, saved, is_complete)
+            return folders.prune(self._root, self._config.keep_latest_k, saved, is_complete)
         except OSError as error:
             log.warning("checkpoint: could not remove old ones in %s: %s", self._root, error.strerror)
             return []
 
     def _take_folder(self) -> None:
-        self._lock = files.lock(self._root)
-        files.clean_leftovers(self._root)
+        try:
+            self._lock = folders.lock(self._root)
+            folders.clean_leftovers(self._root)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._root} cannot be written to: {error.strerror}\n"
+                "  choose another job.dump_folder or checkpoint.folder, or set checkpoint.load_only"
+            ) from None
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -295,6 +331,53 @@ class CheckpointManager:
         )
         return ConfigError([Problem(key, text)])
 
+    def _check_function(self, found: Found) -> None:
+        """Refuse, or name, settings with which the same weights would compute something else."""
+        differences = changes.changed_function(
+            found.manifest.model, changes.model_settings(self._loaded.config)
+        )
+        if not differences:
+            return
+        if found.is_own and not self._config.accept_model_changes:
+            key, (then, now) = next(iter(differences.items()))
+            text = (
+                f"the run in {self._root} has {key} = {then}, now it is {now}: its weights were not trained so\n"
+                "  set it as it was, or accept it with --checkpoint.accept_model_changes"
+            )
+            raise ConfigError([Problem(f"model: {key}", text)])
+        log.warning("the weights were trained with another model: %s", changes.describe(differences))
+
+    def _check_space(self, state: RunState) -> None:
+        """Check, before a run, that its first checkpoint fits on the disk, and warn where the last will not."""
+        if not self._saves or not self._config.enable:
+            return
+        sizes: dict[str, int] = {}
+        for found in self._ranks.gather(state.full_sizes()):
+            sizes.update(found)
+        size = sum(sizes.values()) + MARGIN_BYTES
+        with self._ending():
+            free, there = self._ranks.first_does(partial(self._room, size))
+        if free is None:
+            return
+        keep = self._config.keep_latest_k
+        most = keep + 1 if keep else math.inf  # the one being written beside those that are kept
+        coming = min(-(-self._last_step // self._config.interval), most) - there
+        if coming * size > free:
+            log.warning(
+                "%s has room for %d more checkpoints of %s bytes (%s are free); this run makes %d",
+                *(self._root, free // size, f"{size:,}", f"{free:,}", coming),
+            )
+
+    def _room(self, size: int) -> tuple[int | None, int]:
+        free, there = folders.free_bytes(self._root), len(folders.step_folders(self._root))
+        if free is not None and free < size:
+            raise CheckpointError(
+                f"the disk of {self._root} has no room for a checkpoint\n"
+                f"  it needs {size:,} bytes, {free:,} are free there\n"
+                "  make room, choose another job.dump_folder, or set checkpoint.load_only"
+            )
+        return free, there
+
     @contextmanager
     def _ending(self) -> Iterator[None]:
         """Give the folder back where an error ends the run; every rank has the same error."""
@@ -309,21 +392,6 @@ def _data_misfit(found: Found, message: str) -> ConfigError:
     lines = message.splitlines()[:2]
     lines.append("  set it as it was, or start the data anew: checkpoint.exclude_from_loading=dataloader")
     return ConfigError([Problem(found.folder.name, "\n".join(lines))])
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint whose marker, names and sizes are right."""
-    try:
-        read_records(folder)
-    except CheckpointError:
-        return False
-    return True
-
-
-def _copied(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    host = to_host(tensor, box)
-    # On a CPU, to_host may have given the live tensor itself.
-    return host.clone() if host.data_ptr() == tensor.data_ptr() else host
 
 
 def _since(started: float) -> float:

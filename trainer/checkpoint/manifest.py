@@ -4,6 +4,7 @@
      "train_state": {"step": 500, "tokens_seen": 4096000, "seed": 1, "world_size": 8},
      "lr_scheduler": {"step": 500},            steps that the schedule took
      "dataloader": {...},                      position in the token stream, see trainer.data.loader
+     "model": {"rope_theta": 500000.0, ...},   settings in effect that decide what the weights compute
      "config": {"optimizer.lr": 0.0008, ...},  every setting of the run that saved it
      "tensors": {"model.tok_embeddings.weight": {
          "dtype": "F32", "shape": [2048, 256],
@@ -24,11 +25,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.files import FILE_NAME, CheckpointError, read_regular, step_of
+from trainer.checkpoint.files import FILE_NAME, CheckpointError, read_regular
+from trainer.checkpoint.folders import step_of
 from trainer.checkpoint.integrity import FileRecord, parse_json, read_records, verify_files
+from trainer.checkpoint.remote import Place
 
 MANIFEST_FILE = "manifest.json"
 VERSION = 1
@@ -43,7 +45,7 @@ DTYPE_BYTES = {name: size for size, names in _DTYPES_BY_BYTES.items() for name i
 """Names of dtypes in safetensors -> bytes an element."""
 _FORMAT = "octavo-checkpoint"
 _KEY = re.compile(r"(model|optimizer|converter|rng)\.[A-Za-z0-9_.\-]{1,400}")
-_SECTIONS = ("train_state", "lr_scheduler", "dataloader", "config")
+_SECTIONS = ("train_state", "lr_scheduler", "dataloader", "config", "model")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Manifest:
     lr_scheduler: dict[str, Any] = field(default_factory=dict)
     dataloader: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
 
     def under(self, prefix: str) -> dict[str, TensorEntry]:
@@ -94,7 +97,7 @@ class Manifest:
         return json.dumps(document, indent=1, default=str).encode() + b"\n"
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Place) -> Manifest:
     """Read and check the manifest of a checkpoint.
 
     Raises:
@@ -107,6 +110,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{MANIFEST_FILE}: has version {parsed.get('version')!r}, this is {VERSION}")
     if not _is_size(parsed.get("step")) or parsed.get("content") not in (FULL, MODEL_ONLY):
         raise CheckpointError(f"{MANIFEST_FILE}: step or content is malformed")
+    parsed.setdefault("model", {})
     if not all(isinstance(parsed.get(name), dict) for name in (*_SECTIONS, "tensors")):
         raise CheckpointError(f"{MANIFEST_FILE}: a section is missing")
     state = parsed["train_state"]
@@ -118,7 +122,7 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(parsed["step"], parsed["content"], tensors=tensors, **sections)
 
 
-def open_checkpoint(folder: Path) -> tuple[dict[str, FileRecord], Manifest]:
+def open_checkpoint(folder: Place) -> tuple[dict[str, FileRecord], Manifest]:
     """Records and manifest of a complete checkpoint; the tensors' files are not read.
 
     Raises:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from converters.base import Converter
 from trainer.checkpoint.files import CheckpointError
 from trainer.checkpoint.manifest import FULL, MODEL_ONLY, Manifest
-from trainer.checkpoint.reader import empty_like_entry, read_tensors
+from trainer.checkpoint.reader import check_shapes, empty_like_entry, read_tensors
+from trainer.checkpoint.remote import Place
 from trainer.data.loader import DataLoader
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_ADAMS_MOMENTS = 2
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
@@ -57,7 +58,7 @@ class RunState:
 
     def tensors(self, content: str) -> dict[str, Tensor]:
         """All tensors of a full or model-only checkpoint, by key; they share memory with the run's."""
-        model = {f"model.{fqn}": tensor for fqn, tensor in model_tensors(self.model).items()}
+        model = self._model_by_key()
         if content == MODEL_ONLY:
             return model
         names = {id(p): fqn for fqn, p in _parameters(self.model).items()}
@@ -74,6 +75,28 @@ class RunState:
         generators = {f"rng.{self.rank}.{device}": state for device, state in _generators().items()}
         return {**model, **moments, **converters, **generators}
 
+    def updated_keys(self) -> set[str]:
+        """Keys of the tensors that the optimizer's step changes, and nothing else does."""
+        parameters = _parameters(self.model)
+        moments = {field for fields in self.optimizer.state.values() for field in fields}
+        return {f"model.{fqn}" for fqn in parameters} | {
+            f"optimizer.{fqn}.{field}" for fqn in parameters for field in moments
+        }
+
+    def full_sizes(self) -> dict[str, int]:
+        """Key -> bytes of what this rank knows of a full checkpoint, also before the optimizer has its moments.
+
+        A sharded tensor counts whole, on each of its ranks; those of other pipeline stages are unknown here.
+        """
+        sizes = {key: t.numel() * t.element_size() for key, t in self.tensors(FULL).items()}
+        if not self.optimizer.state:
+            moments = {name: p for name, p in _parameters(self.model).items() if p.requires_grad}
+            sizes |= {
+                f"optimizer.{name}": _ADAMS_MOMENTS * p.numel() * p.element_size()
+                for name, p in moments.items()
+            }
+        return sizes
+
     def manifest(self, step: int, tokens_seen: int, content: str) -> Manifest:
         """Everything else."""
         counts: dict[str, Any] = {
@@ -87,7 +110,7 @@ class RunState:
         schedule = {"step": self.lr_scheduler.last_epoch}
         return Manifest(step, content, counts, schedule, self.data.state_dict(), self.config)
 
-    def load(self, folder: Path, manifest: Manifest, excluded: Collection[str]) -> tuple[int, int]:
+    def load(self, folder: Place, manifest: Manifest, excluded: Collection[str]) -> tuple[int, int]:
         """Take over the state of a checkpoint, but for the data's and what is `excluded`.
 
         Returns:
@@ -126,19 +149,31 @@ class RunState:
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"the position in the data is malformed ({error!r})") from None
 
-    def load_model(self, folder: Path, manifest: Manifest) -> None:
+    def load_model(self, folder: Place, manifest: Manifest) -> None:
         """Take over the parameters alone.
 
         Raises:
             CheckpointError: they are of another model.
         """
-        mine = {f"model.{fqn}": tensor for fqn, tensor in model_tensors(self.model).items()}
+        self.check_model(manifest)
+        read_tensors(folder, manifest, self._model_by_key())
+
+    def check_model(self, manifest: Manifest) -> None:
+        """Check that the parameters are those of this model, in name and shape; nothing is read.
+
+        Raises:
+            CheckpointError: they are not.
+        """
+        mine = self._model_by_key()
         extra = sorted(set(manifest.under("model")) - self.fqns)
         if extra:
             raise CheckpointError(f"has model.{extra[0]}, which this model has not")
-        read_tensors(folder, manifest, mine)
+        check_shapes(manifest, mine)
 
-    def _load_optimizer(self, folder: Path, manifest: Manifest) -> None:
+    def _model_by_key(self) -> dict[str, Tensor]:
+        return {f"model.{fqn}": tensor for fqn, tensor in model_tensors(self.model).items()}
+
+    def _load_optimizer(self, folder: Place, manifest: Manifest) -> None:
         """Fill the optimizer's state; it is made here, since an optimizer has none before its first step."""
         plain, trained = model_tensors(self.model), _parameters(self.model)
         on_device = any(
@@ -163,7 +198,7 @@ class RunState:
             raise CheckpointError("has no optimizer state")
         read_tensors(folder, manifest, targets)
 
-    def _load_converters(self, folder: Path, manifest: Manifest) -> None:
+    def _load_converters(self, folder: Place, manifest: Manifest) -> None:
         saved = {name.partition(".")[0] for name in manifest.under("converter")}
         elsewhere = {fqn.rpartition(".")[0] for fqn in self.fqns - set(model_tensors(self.model))}
         for converter in self.converters:
@@ -191,7 +226,7 @@ class RunState:
                 "the state of converter %s in the checkpoint is not used: it is off in this run", name
             )
 
-    def _load_generators(self, folder: Path, manifest: Manifest) -> None:
+    def _load_generators(self, folder: Place, manifest: Manifest) -> None:
         if manifest.train_state["world_size"] != self.world_size:
             return
         mine = _generators()

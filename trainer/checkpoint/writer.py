@@ -2,9 +2,9 @@
 
     1 plan      every rank lists the boxes of tensors that it holds (torch.distributed.checkpoint's planner);
                 rank 0 gives each box to one of the ranks that have it, the least loaded
-    2 write     rank R writes rank-R.safetensors, computing its CRC-32 on the way; fsync
+    2 write     rank R writes rank-R.safetensors, computing its checksum on the way; fsync
     3 seal      rank 0 writes manifest.json, integrity.json and COMPLETE, each with fsync
-    4 publish   one rename to step-N
+    4 publish   one rename to step-N (on remote storage, COMPLETE was that already)
 
 The writer of torch.distributed.checkpoint itself is not used: it keeps its metadata as a pickle, and its
 safetensors form (HuggingFaceStorageWriter) writes no metadata for sharded tensors at all.
@@ -17,26 +17,31 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import zlib
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 from torch.distributed.tensor import DTensor
 
-from trainer.checkpoint import files
-from trainer.checkpoint.files import CheckpointError
-from trainer.checkpoint.integrity import BLOCK_BYTES, FileRecord, seal
+from trainer.checkpoint import folders
+from trainer.checkpoint.files import (
+    CheckpointError,
+    NewFile,
+    file_sizes,
+    new_file,
+    sync_folder,
+    write_durably,
+)
+from trainer.checkpoint.integrity import BLOCK_BYTES, FileRecord, new_checksum, record_of, seal
 from trainer.checkpoint.manifest import DTYPE_BYTES, MANIFEST_FILE, Chunk, Manifest, TensorEntry
 from trainer.checkpoint.ranks import Ranks
+from trainer.checkpoint.remote import Place
 
 DTYPES = {
     torch.float64: "F64",
@@ -55,6 +60,7 @@ DTYPES = {
 """dtype -> its name in safetensors."""
 MARGIN_BYTES = 2**20
 """Free space asked for beyond the tensors, for the JSON files."""
+_BLOCKS_BEHIND = 8
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ def to_host(tensor: Tensor, box: Box) -> Tensor:
 
 
 def write_checkpoint(
-    target: Path, plan: Plan, host_tensor: Callable[[Box], Tensor], manifest: Manifest, ranks: Ranks
+    target: Place, plan: Plan, host_tensor: Callable[[Box], Tensor], manifest: Manifest, ranks: Ranks
 ) -> int:
     """Write and publish a checkpoint; all ranks call it.
 
@@ -154,7 +160,7 @@ def write_checkpoint(
         CheckpointError: it could not be written; nothing of it is left, and what was at `target` is there.
     """
     needed = sum(box.nbytes for boxes in plan for box in boxes) + MARGIN_BYTES
-    temporary: Path | None = None
+    temporary: Place | None = None
     try:
         temporary = ranks.first_does(partial(_begin, target, needed))
         mine = temporary / _file_name(ranks.rank)
@@ -164,26 +170,22 @@ def write_checkpoint(
         ranks.first_does(partial(_finish, temporary, target, replace(manifest, tensors=entries), written))
     except CheckpointError as error:
         if temporary is not None:
-            ranks.first_does(partial(files.remove, temporary))
+            with suppress(CheckpointError):  # storage that fails a save may fail this too
+                ranks.first_does(partial(folders.remove, temporary))
         raise CheckpointError(f"{target} was not saved: {error}{_space(target.parent, needed)}") from None
     return sum(record.size for record in written.values())
 
 
 def write_tensors(
-    path: Path, boxes: Sequence[Box], host_tensor: Callable[[Box], Tensor]
+    path: Place, boxes: Sequence[Box], host_tensor: Callable[[Box], Tensor]
 ) -> FileRecord | None:
     """Write one safetensors file and wait until it is on disk; None where there is nothing to write."""
     if not boxes:
         return None
     # Wide elements first, so that every tensor is aligned in the file.
     boxes = sorted(boxes, key=lambda box: -DTYPE_BYTES[box.dtype])
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        record = _write_blocks(descriptor, _blocks(boxes, host_tensor))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return record
+    with new_file(path) as file:
+        return _write_blocks(file, _blocks(boxes, host_tensor))
 
 
 def _blocks(boxes: Sequence[Box], host_tensor: Callable[[Box], Tensor]) -> Iterator[memoryview]:
@@ -202,34 +204,42 @@ def _blocks(boxes: Sequence[Box], host_tensor: Callable[[Box], Tensor]) -> Itera
             yield data[start : start + BLOCK_BYTES]
 
 
-def _write_blocks(descriptor: int, blocks: Iterable[memoryview]) -> FileRecord:
-    """Write blocks while another thread computes their checksum: both leave Python's lock."""
-    size = crc = 0
+def _write_blocks(file: NewFile, blocks: Iterable[memoryview]) -> FileRecord:
+    """Write blocks while another thread computes their checksum: both leave Python's lock.
+
+    The checksum may fall `_BLOCKS_BEHIND` blocks behind, so that a busy moment of either costs no time.
+    """
+    size, checksum, under_way = 0, new_checksum(), deque[Future[None]]()
     with ThreadPoolExecutor(1) as side:
         for block in blocks:
-            checksum = side.submit(zlib.crc32, block, crc)
-            rest = block
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
-            crc = checksum.result()
+            under_way.append(side.submit(checksum.update, block))
+            file.write(block)
             size += len(block)
-    return FileRecord(size, crc)
+            if len(under_way) > _BLOCKS_BEHIND:
+                under_way.popleft().result()
+        for rest in under_way:
+            rest.result()
+    return FileRecord(size, checksum.hexdigest())
 
 
-def _begin(target: Path, needed: int) -> Path:
-    temporary = files.new_temporary(target.parent, files.step_of(target.name) or 0)
-    if shutil.disk_usage(temporary).free < needed:
-        temporary.rmdir()
+def _begin(target: Place, needed: int) -> Place:
+    temporary = folders.new_temporary(target.parent, folders.step_of(target.name) or 0)
+    free = folders.free_bytes(target.parent)
+    if free is not None and free < needed:
+        folders.remove(temporary)
         raise CheckpointError("the disk is full")
     return temporary
 
 
-def _finish(temporary: Path, target: Path, manifest: Manifest, written: Mapping[str, FileRecord]) -> None:
+def _finish(temporary: Place, target: Place, manifest: Manifest, written: Mapping[str, FileRecord]) -> None:
+    for name, size in file_sizes(temporary, written).items():
+        if size != written[name].size:
+            raise CheckpointError(f"{name} has {size:,} bytes, {written[name].size:,} were written")
     content = manifest.to_bytes()
-    files.write_durably(temporary / MANIFEST_FILE, content)
-    seal(temporary, {**written, MANIFEST_FILE: FileRecord(len(content), zlib.crc32(content))})
-    files.sync_folder(temporary)
-    files.publish(temporary, target)
+    write_durably(temporary / MANIFEST_FILE, content)
+    seal(temporary, {**written, MANIFEST_FILE: record_of(content)})
+    sync_folder(temporary)
+    folders.publish(temporary, target)
 
 
 def _entries(plan: Plan) -> dict[str, TensorEntry]:
@@ -246,10 +256,9 @@ def _file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def _space(root: Path, needed: int) -> str:
+def _space(root: Place, needed: int) -> str:
     """What a full disk lacks; the message's second line."""
-    place = root
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = folders.free_bytes(root)
+    if free is None:
+        return "\n  former checkpoints are as they were"
     return f"\n  it needs {needed:,} bytes, {free:,} are free there; former checkpoints are as they were"

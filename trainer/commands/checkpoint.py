@@ -1,6 +1,6 @@
 """`octavo checkpoint list | verify | show | prune FOLDER`: look after checkpoints, without torch.
 
-FOLDER is a run folder, the folder with the step-N folders, or one step-N.
+FOLDER is a run folder, the folder with the step-N folders, or one step-N; each may be a URL.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from trainer.checkpoint import files
+from trainer.checkpoint import folders
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.files import EXIT_CHECKPOINT, CheckpointError, StepFolder
+from trainer.checkpoint.files import EXIT_CHECKPOINT, MARKER_FILE, CheckpointError
+from trainer.checkpoint.folders import StepFolder
 from trainer.checkpoint.integrity import verify_files
 from trainer.checkpoint.manifest import DTYPE_BYTES, FULL, Manifest, open_checkpoint
+from trainer.checkpoint.remote import Place, RemotePath, as_place, check_protocol
 
 
 def list_checkpoints(folder: str) -> int:
     """List the checkpoints with what is in them; contents are not read (`verify` does)."""
     rows = [("step", "content", "ranks", "tokens seen", "size", "saved", "state")]
     for step, path in _steps(folder):
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+        when = _saved_at(path)
         try:
             records, manifest = open_checkpoint(path)
         except CheckpointError as error:
@@ -35,7 +37,7 @@ def list_checkpoints(folder: str) -> int:
         content = "full" if manifest.content == FULL else "model only"
         tokens, ranks = f"{state.get('tokens_seen', 0):,}", str(state.get("world_size", "?"))
         rows.append((str(step), content, ranks, tokens, size, when, "complete"))
-    _print_table(rows)
+    print_table(rows)
     return 0
 
 
@@ -51,7 +53,7 @@ def verify(folder: str) -> int:
         except CheckpointError as error:
             faults += 1
             rows.append((str(step), "?", "?", f"INVALID  {error}"))
-    _print_table(rows)
+    print_table(rows)
     return EXIT_CHECKPOINT if faults else 0
 
 
@@ -93,17 +95,19 @@ def prune(folder: str, keep: int, dry_run: bool = False) -> int:
     if keep < 1:
         raise ValueError(f"keep = {keep}; allowed: 1 and more")
     steps = _steps(folder)
-    if files.step_of(Path(folder).resolve().name) is not None:
+    if folders.step_of(_place(folder).name) is not None:
         raise ValueError(f"{folder} is one checkpoint; give the folder that holds it")
     root = steps[0].path.parent
-    held = files.lock(root)  # a run that is alive has it: two that prune would count different ones
+    held = folders.lock(root)  # a run that is alive has it: two that prune would count different ones
     try:
         valid = _valid_newest(steps, keep)
         if not valid:
             raise CheckpointError(f"no checkpoint in {root} is valid: nothing was deleted")
         gone = [step.step for step in steps if step.step < min(valid)]
         if not dry_run:
-            gone = files.prune(root, len(valid), max(valid), lambda path: files.step_of(path.name) in valid)
+            gone = folders.prune(
+                root, len(valid), max(valid), lambda path: folders.step_of(path.name) in valid
+            )
     finally:
         if held is not None:
             os.close(held)
@@ -146,20 +150,39 @@ def _positional(command: Callable[..., int]) -> Callable[..., int]:
     return command
 
 
-def _steps(folder: str) -> list[StepFolder]:
-    path = Path(folder).expanduser()
-    if not path.is_dir():
+def _place(folder: str) -> Place:
+    place = as_place(folder)
+    if isinstance(place, RemotePath):
+        check_protocol(folder)
+        return place
+    if not place.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    own = files.step_of(path.resolve().name)
+    return place.resolve()
+
+
+def _steps(folder: str) -> list[StepFolder]:
+    path = _place(folder)
+    own = folders.step_of(path.name)
     if own is not None:
-        return [StepFolder(own, path.resolve())]
-    for place in (path, path / CheckpointConfig().folder):
-        if found := files.step_folders(place):
-            return found
+        return [StepFolder(own, path)]
+    try:
+        for place in (path, path / CheckpointConfig().folder):
+            if found := folders.step_folders(place):
+                return found
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
     raise ValueError(f"{folder}: no folder step-N there, nor in its subfolder {CheckpointConfig().folder}")
 
 
-def _newest_complete(folder: str) -> tuple[Path, Manifest]:
+def _saved_at(folder: Place) -> str:
+    try:
+        moment = folder.stat().st_mtime if isinstance(folder, Path) else (folder / MARKER_FILE).modified()
+    except OSError:
+        moment = None
+    return "?" if moment is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+
+
+def _newest_complete(folder: str) -> tuple[Place, Manifest]:
     for _, path in reversed(_steps(folder)):
         try:
             return path, open_checkpoint(path)[1]
@@ -190,7 +213,8 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of text, the first of them the heading, in columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from converters import CONVERTERS
 from models import MODELS
+from trainer.checkpoint.remote import checkpoint_root
 from trainer.config.errors import Problem, unknown
 from trainer.config.load import Loaded
 from trainer.config.pipeline_checks import pipeline_problems, pipeline_warnings
@@ -219,6 +221,10 @@ def _combination_problems(loaded: Loaded) -> Iterator[Problem]:
         yield loaded.problem("resilience.after_bad_steps", "roll_back needs checkpoint.enable")
     if c.checkpoint.last_save_in_hf and not c.checkpoint.last_save_model_only:
         yield loaded.problem("checkpoint.last_save_in_hf", "needs checkpoint.last_save_model_only")
+    if c.checkpoint.last_save_in_hf and not isinstance(
+        checkpoint_root(c.job.dump_folder, c.checkpoint.folder), Path
+    ):
+        yield loaded.problem("checkpoint.last_save_in_hf", "writes to a local folder, not to a URL")
     if c.checkpoint.initial_load_in_hf and not c.checkpoint.initial_load_model_only:
         message = "a Hugging Face folder holds the weights only: leave initial_load_model_only on"
         yield loaded.problem("checkpoint.initial_load_in_hf", message)
@@ -247,9 +253,6 @@ def _world_problems(loaded: Loaded, world_size: int) -> Iterator[Problem]:
         shown = " x ".join(f"{name} {degree}" for name, degree in degrees.items())
         yield Problem("parallelism", f"{shown} does not fit {world_size} processes (NGPU x NNODES)")
         return
-    if c.checkpoint.create_seed_checkpoint and world_size > 1:
-        message = f"runs on one device, got {world_size} processes (NGPU x NNODES)"
-        yield loaded.problem("checkpoint.create_seed_checkpoint", message)
     dp = p.data_parallel_replicate_degree * shard
     micro, total = c.training.local_batch_size * dp, c.training.global_batch_size
     if total != -1 and (total < micro or total % micro):
@@ -274,11 +277,6 @@ def unavailable(loaded: Loaded) -> list[Problem]:
             "checkpoint.initial_load_in_hf_quantized",
             c.checkpoint.initial_load_in_hf_quantized,
             "reading block-quantized weights (DeepSeek's form, which no Llama is published in)",
-        ),
-        (
-            "checkpoint.async_mode",
-            c.checkpoint.async_mode == "async_with_pinned_mem",
-            "staging in pinned memory (async_mode 'async' is there)",
         ),
         (
             "comm.mode",

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from models import MODELS
-from trainer.checkpoint import files
+from trainer.checkpoint import folders
 from trainer.checkpoint.files import CheckpointError
 from trainer.checkpoint.manifest import MODEL_ONLY, Manifest
 from trainer.checkpoint.ranks import Ranks
@@ -105,7 +105,8 @@ def import_hf(source: Path, out: Path, flavor: str | None = None) -> tuple[Path,
     """
     folder = open_hf_folder(source)
     settings = model_settings(folder, flavor)
-    target = files.step_folder(out, 0)
+    target = folders.step_folder(out, 0)
+    assert isinstance(target, Path)  # as `out` is
     if target.exists():
         raise ValueError(f"{target} is there already; choose another folder")
     tensors = folder.tensors.items()
@@ -191,7 +192,7 @@ def save_in_run(
 
     def begin() -> None:
         for left in root.glob(f"{target.name}.tmp-????????"):  # of a run that was killed here
-            files.remove(left)
+            folders.remove(left)
         writers.append(HfWriter(target, entries, replace=True))
 
     def add(entry: HfEntry, whole: Tensor | None) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from models.spec import HuggingFaceFormat
-from trainer.checkpoint import files
+from trainer.checkpoint import files, folders
 from trainer.checkpoint.files import CheckpointError
 from trainer.checkpoint.manifest import DTYPE_BYTES
 from trainer.checkpoint.reader import TORCH_DTYPES
@@ -121,7 +121,7 @@ class HfWriter:
             files.write_durably(self._folder / name, content)
         files.sync_folder(self._folder)
         if self._replace:
-            files.publish(self._folder, self._target)
+            folders.publish(self._folder, self._target)
         else:
             os.rename(self._folder, self._target)
             files.sync_folder(self._target.parent)
@@ -132,7 +132,7 @@ class HfWriter:
         if self._file is not None:
             self._file.close()
             self._file = None
-        files.remove(self._folder)
+        folders.remove(self._folder)
 
     def _end_file(self) -> None:
         if self._file is not None:

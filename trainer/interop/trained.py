@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from models import MODELS
 from models.spec import ModelSpec
-from trainer.checkpoint import files
+from trainer.checkpoint import folders
 from trainer.checkpoint.files import CheckpointError
 from trainer.checkpoint.integrity import verify_files
 from trainer.checkpoint.manifest import Manifest, open_checkpoint
@@ -102,7 +102,7 @@ def open_trained(path: str, step: int | None = None) -> TrainedModel:
     if not place.is_dir():
         raise ValueError(f"{path}: no such folder")
     place = place.resolve()
-    alone = files.step_of(place.name) is not None or is_hf_folder(place)
+    alone = folders.step_of(place.name) is not None or is_hf_folder(place)
     if alone and step is not None:
         raise ValueError(f"step = {step} has no effect: {path} is one checkpoint")
     if alone:
@@ -264,10 +264,10 @@ def _steps(place: Path) -> dict[int, Path]:
     found: dict[int, Path] = {}
     for folder in (place, *sorted(p for p in place.iterdir() if p.is_dir() and not p.is_symlink())):
         for candidate in sorted(folder.glob(f"step-*{HF_SUFFIX}")) if folder.is_dir() else []:
-            step = files.step_of(candidate.name.removesuffix(HF_SUFFIX))
+            step = folders.step_of(candidate.name.removesuffix(HF_SUFFIX))
             if step is not None and candidate.is_dir():
                 found[step] = candidate
-        found.update({step.step: step.path for step in files.step_folders(folder)})
+        found.update({step.step: step.path for step in folders.step_folders(folder)})
         if found:
             return found
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.checkpoint.files import step_folder
+from trainer.checkpoint.folders import step_folder
 from trainer.checkpoint.manifest import FULL, Manifest
 from trainer.checkpoint.ranks import Ranks
 from trainer.checkpoint.writer import local_data, make_plan, to_host, write_checkpoint

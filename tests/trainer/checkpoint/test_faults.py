@@ -8,12 +8,11 @@ import sys
 
 import pytest
 
-from trainer.checkpoint import files
-from trainer.checkpoint.choose import choose
+from trainer.checkpoint import folders
+from trainer.checkpoint.choose import choose, is_complete
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.files import CheckpointError
 from trainer.checkpoint.integrity import verify
-from trainer.checkpoint.manager import is_complete
 from trainer.checkpoint.ranks import Ranks
 
 CALLS = ("open", "write", "fsync", "rename", "mkdir", "close")
@@ -77,10 +76,10 @@ def test_a_save_killed_at_any_call_is_complete_or_absent(tmp_path, save, monkeyp
         died = die_at(n, n % 2 == 0, lambda root=root: save(root, 2), monkeypatch)
         if not died:
             break
-        files.clean_leftovers(root)
+        folders.clean_leftovers(root)
         step = newest_step(root)
         assert step == 2 if again else step in (1, 2)
-        assert {name for name in os.listdir(root) if not files.step_of(name)} == set()
+        assert {name for name in os.listdir(root) if not folders.step_of(name)} == set()
         verify(root / "step-1")
         seen.add(step)
         shutil.rmtree(root)
@@ -143,15 +142,15 @@ def test_pruning_keeps_the_newest_valid_ones(root, save):
     for step in range(1, 7):
         save(root, step)
     (root / "step-5" / "COMPLETE").unlink()
-    assert files.prune(root, 3, 6, is_complete) == [1, 2]
+    assert folders.prune(root, 3, 6, is_complete) == [1, 2]
     assert sorted(os.listdir(root)) == ["step-3", "step-4", "step-5", "step-6"]
-    assert files.prune(root, 0, 6, is_complete) == []
+    assert folders.prune(root, 0, 6, is_complete) == []
 
 
 def test_pruning_keeps_what_was_just_saved_even_where_later_steps_exist(root, save):
     for step in (2, 8, 9):
         save(root, step)
-    assert files.prune(root, 2, 2, is_complete) == [8]
+    assert folders.prune(root, 2, 2, is_complete) == [8]
     assert sorted(os.listdir(root)) == ["step-2", "step-9"]
 
 
@@ -176,8 +175,8 @@ def test_pruning_and_cleaning_touch_nothing_else(root, save, tmp_path):
     for step in (7, 8, 9):
         save(root, step)
     (root / "step-7" / "link").symlink_to(tmp_path / "precious")
-    assert files.prune(root, 2, 9, is_complete) == [7]
-    assert files.clean_leftovers(root) == []
+    assert folders.prune(root, 2, 9, is_complete) == [7]
+    assert folders.clean_leftovers(root) == []
     kept = {*others, "step-1", "step-2.tmp-12345678", "step-3", "step-8", "step-9"}
     assert set(os.listdir(root)) == kept
     assert (tmp_path / "precious" / "file").read_text() == "x"
@@ -188,14 +187,14 @@ def test_leftovers_are_removed_and_what_was_replaced_is_put_back(root, save):
     save(root, 5).rename(root / "step-5.old-0123abcd")
     (root / "step-6.tmp-0123abcd").mkdir()
     save(root, 3).rename(root / "step-3.gone-0123abcd")
-    assert len(files.clean_leftovers(root)) == 3
+    assert len(folders.clean_leftovers(root)) == 3
     assert sorted(os.listdir(root)) == ["step-4", "step-5"]
     assert newest_step(root) == 5
 
 
 def test_two_runs_do_not_save_into_one_folder(root):
-    held = files.lock(root)
+    held = folders.lock(root)
     with pytest.raises(CheckpointError, match="is in use: another run"):
-        files.lock(root)
+        folders.lock(root)
     os.close(held)
-    os.close(files.lock(root))
+    os.close(folders.lock(root))

@@ -6,7 +6,6 @@ import os
 import pickle
 import random
 import shutil
-import zlib
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from safetensors import safe_open
 from trainer.checkpoint.choose import choose
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.files import CheckpointError
-from trainer.checkpoint.integrity import FileRecord, read_records, seal, verify, verify_files
+from trainer.checkpoint.integrity import FileRecord, read_records, record_of, seal, verify, verify_files
 from trainer.checkpoint.manifest import MANIFEST_FILE, open_checkpoint
 from trainer.checkpoint.ranks import Ranks
 from trainer.checkpoint.reader import read_tensors
@@ -38,7 +37,7 @@ def check(folder):
 def reseal(folder):
     """Make integrity.json match the files that are there, as a forger would."""
     records = {
-        path.name: FileRecord(path.stat().st_size, zlib.crc32(path.read_bytes()))
+        path.name: record_of(path.read_bytes())
         for path in folder.iterdir()
         if path.name not in ("integrity.json", "COMPLETE")
     }
@@ -245,7 +244,7 @@ def test_integrity_may_name_no_file_elsewhere(root, save, name):
     folder = save(root, 2)
     for old in ("integrity.json", "COMPLETE"):
         (folder / old).unlink()
-    seal(folder, {name: FileRecord(1, 1)})
+    seal(folder, {name: FileRecord(1, "0" * 16)})
     with pytest.raises(CheckpointError, match=r"integrity\.json"):
         read_records(folder)
 

@@ -111,6 +111,39 @@ def test_unsafe_changes_are_refused(run, flags, expected):
     assert len(str(caught.value).splitlines()) <= 3
 
 
+def test_a_model_that_computes_something_else_is_refused_unless_told(run):
+    """Settings that leave every shape as it is: the tensors fit, the function is another."""
+    run("--training.steps=2")
+    theta, heads = "--model.overrides.rope_theta=10000", "--model.overrides.norm_eps=1e-6"
+    for flag, expected in ((theta, "has rope_theta = 500000.0, now it is 10000.0"), (heads, "norm_eps")):
+        with pytest.raises(ConfigError) as caught:
+            run(flag)
+        assert expected in str(caught.value)
+        assert "--checkpoint.accept_model_changes" in str(caught.value)
+        assert len(str(caught.value).splitlines()) <= 3
+    told = run(theta, "--checkpoint.accept_model_changes")
+    assert "rope_theta 500000.0 -> 10000.0" in told.log
+    assert told.trainer.step == 4
+    # Another kernel, or a longer RoPE table, is the same function.
+    assert "resumed from" in run("--training.steps=5", theta, "--training.seq_len=64").log
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_met_before_the_first_step(run, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
+    tight = run()
+    assert "has room for 1 more checkpoints of 2," in tight.log
+    assert tight.checkpoints == ["step-2", "step-4"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(CheckpointError) as caught:
+        run(name="full")
+    assert "full/checkpoint has no room for a checkpoint" in str(caught.value)
+    assert "1,000,000 are free there" in str(caught.value)
+    saved = sum(path.stat().st_size for path in (tight.folder / "checkpoint" / "step-4").iterdir())
+    needed = int(str(caught.value).split("it needs ")[1].split(" ")[0].replace(",", ""))
+    assert saved < needed < saved + 2**20 + 10_000
+
+
 def test_another_tokenizer_is_refused_unless_the_data_starts_anew(run, tmp_path):
     run("--training.steps=2")
     shutil.copytree("tests/assets/tokenizer", tmp_path / "tokenizer")
@@ -193,15 +226,27 @@ def test_a_seed_checkpoint_gives_the_first_weights(run):
     assert len(other.losses) == 4
 
 
+def test_pinned_copies_are_as_the_others_without_a_gpu(run):
+    done = run("--checkpoint.async_mode=async_with_pinned_mem", name="pinned")
+    plain = run(name="plain")
+    written = [
+        read_records(found.folder / "checkpoint" / "step-4")["rank-00000.safetensors"]
+        for found in (done, plain)
+    ]
+    assert written[0] == written[1]
+    if not torch.cuda.is_available():
+        assert "'async_with_pinned_mem' is as 'async'" in done.log
+
+
 def test_a_failed_save_goes_on_in_between_and_ends_the_run_at_its_end(run, monkeypatch):
     usage = shutil.disk_usage("/")
-    free = iter([0, 0])  # asked before a save, and for its error message
+    free = iter([usage.free, 0, 0])  # asked before the run, before a save, and for its error message
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(free, usage.free)))
     done = run()
     assert "step-2 was not saved: the disk is full" in done.log
     assert "training goes on" in done.log
     assert done.checkpoints == ["step-4"]
-    free = iter([0] * 100)
+    free = iter([usage.free, *[0] * 100])
     with pytest.raises(CheckpointError) as caught:
         run("--checkpoint.interval=10", name="end")
     message = f"error: {caught.value}"
