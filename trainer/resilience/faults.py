@@ -204,11 +204,12 @@ class Faults:
 
     def _batch_in_words(self) -> str:
         first, count = self._position["windows"], self._trainer.batch.global_batch_size
-        training = self._trainer.config.training
-        return (
-            f"sequences {first} to {first + count - 1} of {training.dataset_path or training.dataset}, "
-            f"epoch {self._position['epoch']}, near document {self._position['document']}"
-        )
+        places = [
+            f"{source['dataset']} epoch {source['epoch']}"
+            + (f", near {source['name']} (document {source['document']})" if "document" in source else "")
+            for source in self._position["sources"]
+        ]
+        return f"sequences {first} to {first + count - 1}, from {'; '.join(places)}"
 
     def _hung(self, verdict: str, mine: bool) -> None:
         """In the watchdog's thread, while the main thread waits for ever."""

@@ -53,7 +53,7 @@ def test_a_bad_gradient_changes_no_bit_and_is_named(prepare, monkeypatch, value,
     assert run.trainer.faults.bad_steps.skipped == 2
     assert "bad step 3 skipped: grad_norm" in run.log
     assert "the gradient of layers.1.feed_forward.w2.weight was the first that is not finite (1 of" in run.log
-    assert "batch: sequences 8 to 11 of python_sources, epoch 0" in run.log  # two steps of four before it
+    assert "batch: sequences 8 to 11, from python_sources epoch 0" in run.log  # two steps of four before it
     assert "2 skipped so far, 1 in a row" in run.log
     assert all(torch.isfinite(tensor).all() for tensor in run.state().values())
 
