@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
+from trainer.checkpoint.folders import step_folders
 from trainer.checkpoint.integrity import read_records, verify
 from trainer.metrics.history import read_history
 
@@ -42,8 +44,14 @@ FLOAT8 = [
 ]
 
 
-def start(folder, flags, ngpu):
-    environment = {**os.environ, "NGPU": str(ngpu), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def start(folder, flags, ngpu, **more):
+    environment = {
+        **os.environ,
+        "NGPU": str(ngpu),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        **more,
+    }
     environment.pop("CONFIG_FILE", None)
     return subprocess.Popen(
         [str(REPO / "run_train.sh"), *FLAGS, f"--job.dump_folder={folder}", *flags],
@@ -110,6 +118,110 @@ def test_a_killed_run_is_the_unbroken_run(tmp_path, ngpu, flags, kills):
         "step-12",
         "step-8",
     ]
+
+
+# Stage of a save (of tests/trainer/checkpoint/kill_in_save.py), and the rank that dies there.
+STAGES = [
+    ("planned", 1),
+    ("folder made", 0),
+    ("first block", 1),
+    ("tensors written", 0),
+    ("tensors synced", 1),
+    ("before the manifest", 0),
+    ("before integrity", 0),
+    ("before the marker", 0),
+    ("before the rename", 0),
+    ("after the rename", 0),
+    ("before pruning", 0),
+    ("while pruning", 0),
+]
+
+
+def check_kills_inside_saves(folder, mode, stages):
+    """Kill a rank at each stage of the save of step 8; each time the newest complete step is gone on from."""
+    flags = ["--debug.seed=3", "--checkpoint.keep_latest_k=2", f"--checkpoint.async_mode={mode}"]
+    whole, first = folder / "whole", folder / "first"
+    finish(start(whole, flags, 2))
+    finish(start(first, [*flags, "--training.steps=6", "--lr_scheduler.total_steps=12"], 2))
+    module = ["--experimental.custom_import=kill_in_save"]
+    path = f"{REPO / 'tests/trainer/checkpoint'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    for stage, rank in stages:
+        broken = folder / stage.replace(" ", "-")
+        shutil.copytree(first, broken)
+        trapped = start(broken, [*flags, *module], 2, KILL_AT=f"{stage} 8 {rank}", PYTHONPATH=path)
+        out, _ = trapped.communicate(timeout=400)
+        assert trapped.returncode != 0, (stage, out[-4000:])  # 137, or 1 where the other rank fails first
+        steps = {found.step: found.path for found in step_folders(broken / "checkpoint")}
+        published = stage in ("after the rename", "before pruning", "while pruning")
+        assert max(steps) == (8 if published else 6), stage
+        for path_of_step in steps.values():
+            verify(path_of_step)
+        # Nothing complete is lost: pruning had its turn only at the last stage.
+        assert set(steps) >= ({6, 8} if published else {4, 6}), stage
+        out = finish(start(broken, flags, 2))
+        assert f"step-{max(steps)} (step {max(steps)}," in out, stage
+        assert bits(whole) == bits(broken), stage
+        assert data_files(whole / "checkpoint" / "step-12") == data_files(broken / "checkpoint" / "step-12")
+        assert {p.name for p in (broken / "checkpoint").iterdir()} == {".lock", "step-10", "step-12"}, stage
+        shutil.rmtree(broken)
+
+
+def test_a_rank_dies_inside_a_save(tmp_path):
+    """R2, short: the other rank has written its file, and nothing says complete."""
+    check_kills_inside_saves(tmp_path, "async", [("first block", 1)])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_rank_dies_at_every_stage_of_a_save(tmp_path, mode):
+    """R2."""
+    check_kills_inside_saves(tmp_path, mode, STAGES)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_twenty_kills(tmp_path, capsys, monkeypatch):
+    """R1: twenty times in one run of two processes, at random moments, also inside saves."""
+    from trainer.cli import main
+
+    monkeypatch.setenv("NGPU", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("CONFIG_FILE", str(REPO / "train_configs/debug_model.toml"))
+    flags = [*FLAGS, *FLOAT8, f"--job.dump_folder={tmp_path}", "--checkpoint.async_mode=async"]
+    assert main(["selftest", "resume", "--steps=82", "--kills=20", "--interval=3", *flags]) == 0
+    out = capsys.readouterr().out
+    assert out.count("killed after step") == 20
+    assert "identical: a killed run resumes exactly here" in out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_long_run_stays_as_small_as_it_was(tmp_path):
+    """R17: memory, descriptors, threads and folder of a process that saves after each of its steps."""
+    steps = 1500
+    flags = [f"--training.steps={steps}", "--checkpoint.interval=1", "--checkpoint.async_mode=async"]
+    process = start(tmp_path, flags, 1)
+    seen = {}
+    for step in (100, 500, 900, 1300):
+        while f'"step": {step},' not in _tail(tmp_path / "metrics.jsonl"):
+            assert process.poll() is None, process.communicate()[0][-4000:]
+            time.sleep(0.02)
+        worker = psutil.Process(process.pid).children(recursive=True)[-1]
+        size = sum(path.stat().st_size for path in (tmp_path / "checkpoint").rglob("*.safetensors"))
+        seen[step] = (worker.memory_info().rss, worker.num_fds(), worker.num_threads(), size)
+    finish(process)
+    print(seen)
+    rss, descriptors, threads, sizes = zip(*seen.values(), strict=True)
+    assert rss[-1] - rss[0] < 30 * 2**20
+    assert max(descriptors) - min(descriptors) <= 4  # a save may have its files open at that moment
+    assert max(threads) - min(threads) <= 3  # and its threads
+    assert max(sizes) < 5 * 2_000_000
+    assert len(step_folders(tmp_path / "checkpoint")) == 3
+
+
+def _tail(path):
+    return path.read_bytes()[-4000:].decode() if path.exists() else ""
 
 
 def work(folder, world_size, task, *layouts):

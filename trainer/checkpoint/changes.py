@@ -40,7 +40,7 @@ def model_settings(config: Any) -> dict[str, Any]:
 
 
 def changed_function(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Setting -> (then, now) of `model_settings` that differ; a setting that is new or gone is none of them."""
+    """Setting -> (then, now) of `model_settings` that differ; one that is new or gone is none of them."""
     return {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
 
 

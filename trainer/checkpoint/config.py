@@ -48,7 +48,7 @@ class CheckpointConfig:
     exclude_from_loading: list[str] = field(default_factory=list)
     """Parts of the state not to load: optimizer, lr_scheduler, dataloader, train_state."""
     accept_model_changes: bool = False
-    """Resume although settings that change what the weights compute (rope_theta, say) are not as they were."""
+    """Resume although settings that decide what the weights compute (rope_theta, say) have changed."""
     enable_first_step_checkpoint: bool = False
     """Save after step 1 too, to learn early whether saving works."""
     create_seed_checkpoint: bool = False

@@ -110,10 +110,10 @@ def read_ranges(path: Place, bounds: Sequence[tuple[int, int]]) -> Iterator[byte
         CheckpointError: the file is missing, no regular one, or too short.
     """
     if isinstance(path, RemotePath):
-        for (start, end), content in zip(bounds, _of_remote(path, bounds), strict=True):
-            if len(content) != end - start:
+        for (start, end), part in zip(bounds, _of_remote(path, bounds), strict=True):
+            if len(part) != end - start:
                 raise CheckpointError(f"{path.name}: ends too early")
-            yield bytearray(content)
+            yield bytearray(part)
         return
     with open_regular(path) as file:
         for start, end in bounds:

@@ -85,14 +85,15 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("octavo selftest resume", allow_abbrev=False, epilog=_EPILOG)
     parser.add_argument("--steps", type=int, default=20, help="of each run (20)")
     parser.add_argument("--kills", type=int, default=2, help="how often the second run is killed (2)")
+    parser.add_argument("--interval", type=int, default=0, help="steps between saves (a fifth of the steps)")
     parser.add_argument("--keep", action="store_true", help="keep both runs, also where they are identical")
     options, flags = parser.parse_known_args(words[1:])
-    if not 1 <= options.kills <= (options.steps - 2) // 2:
+    if not 1 <= options.kills <= (options.steps - 2) // 2 or options.interval < 0:
         message = "allowed: 1 kill and more, and at least two steps for each kill and two beside"
         print(f"error: --kills={options.kills}, --steps={options.steps}; {message}", file=sys.stderr)
         return EXIT_BAD_INPUT
     try:
-        test = _prepare(flags, options.steps, options.kills)
+        test = _prepare(flags, options)
         identical = _resume(test)
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -110,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
 _EPILOG = "All other flags are those of training: ./run_train.sh --help lists them."
 
 
-def _prepare(flags: list[str], steps: int, kills: int) -> Selftest:
+def _prepare(flags: list[str], options: argparse.Namespace) -> Selftest:
     """Check the configuration as a run does, and add what both runs need."""
     from trainer.config.preflight import preflight
 
@@ -118,10 +119,12 @@ def _prepare(flags: list[str], steps: int, kills: int) -> Selftest:
     dump_folder = Path(loaded.config.job.dump_folder)
     dump_folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="selftest-resume-", dir=dump_folder))
-    return Selftest([*flags, *_own_flags(loaded, steps)], steps, kills, folder.resolve(), random.Random())
+    interval = options.interval or max(1, options.steps // 5)
+    own = _own_flags(loaded, options.steps, interval)
+    return Selftest([*flags, *own], options.steps, options.kills, folder.resolve(), random.Random())
 
 
-def _own_flags(loaded: Loaded, steps: int) -> list[str]:
+def _own_flags(loaded: Loaded, steps: int, interval: int) -> list[str]:
     config = loaded.config
     seed = config.debug.seed if config.debug.seed is not None else random.randrange(2**31)
     own = [
@@ -136,7 +139,7 @@ def _own_flags(loaded: Loaded, steps: int) -> list[str]:
         "--no-profiling.enable_memory_snapshot",
         "--checkpoint.enable",
         "--checkpoint.folder=checkpoint",
-        f"--checkpoint.interval={max(1, steps // 5)}",
+        f"--checkpoint.interval={interval}",
         "--checkpoint.keep_latest_k=2",
         "--checkpoint.load_step=-1",
         "--no-checkpoint.load_only",

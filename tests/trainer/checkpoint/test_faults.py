@@ -1,12 +1,17 @@
 """A process that dies, and a disk that fails, at every call that touches the disk."""
 
 import errno
+import gc
 import os
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 
+import psutil
 import pytest
+import torch
 
 from trainer.checkpoint import folders
 from trainer.checkpoint.choose import choose, is_complete
@@ -130,6 +135,78 @@ def test_a_full_disk_is_seen_before_anything_is_written(root, save, monkeypatch)
     assert "step-2 was not saved: the disk is full" in str(caught.value)
     assert "1,000 are free" in str(caught.value)
     assert os.listdir(root) == ["step-1"]
+
+
+def in_a_child(work):
+    """Run `work` in a child; returns the message of its CheckpointError, "" where there was none."""
+    read, write = os.pipe()
+    sys.stdout.flush()
+    if os.fork() == 0:
+        try:
+            work()
+            os.write(write, b"")
+        except CheckpointError as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        message = pipe.read()
+    os.wait()
+    return message
+
+
+def test_the_kernel_ends_a_write_in_its_middle(root, save, tensors_of):
+    """R12 with a real error: a file may not grow beyond a limit that the free space does not show."""
+    save(root, 1)
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        save(root, 2, {**tensors_of(2), "model.c": torch.zeros(5000)})
+
+    message = in_a_child(work)
+    assert message.splitlines()[0] == f"{root / 'step-2'} was not saved: {os.strerror(errno.EFBIG)}"
+    assert "bytes, " in message
+    assert "are free there; former checkpoints are as they were" in message
+    assert os.listdir(root) == ["step-1"]
+    verify(root / "step-1")
+
+
+def test_a_disk_fills_up_while_a_save_is_written(tmp_path, save, monkeypatch):
+    """R12 on a real file system of two megabytes, whose free space is not seen in time."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        save(disk, 1)
+        usage = shutil.disk_usage(disk)
+        seen = iter([usage._replace(free=2**30)])
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: next(seen, usage))
+        with pytest.raises(CheckpointError) as caught:
+            save(disk, 2, {"model.c": torch.zeros(700_000)})
+        assert "step-2 was not saved: No space left on device" in str(caught.value)
+        assert f"{usage.free:,} are free there" in str(caught.value)
+        assert os.listdir(disk) == ["step-1"]
+        verify(disk / "step-1")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_many_saves_leave_nothing_open(root, save):
+    """R17, short: memory, descriptors, threads and the folder after 30 saves and after 130."""
+    process, seen = psutil.Process(), []
+    for step in range(1, 131):
+        save(root, step)
+        folders.prune(root, 3, step, is_complete)
+        if step in (30, 130):
+            gc.collect()
+            seen.append((process.num_fds(), process.num_threads(), len(os.listdir(root))))
+            seen.append(process.memory_info().rss)
+    assert seen[0] == seen[2]
+    assert seen[0][2] == 3
+    assert seen[3] - seen[1] < 8 * 2**20
 
 
 def test_a_root_that_is_a_file(tmp_path, save):
