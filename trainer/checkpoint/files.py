@@ -1,4 +1,4 @@
-"""Single files of checkpoints, on a disk or remote: reading what is a regular file, writing durably. Torch-free.
+"""Single files of checkpoints, on a disk or remote: reading regular ones, writing durably. Torch-free.
 
 A symlink, folder or device in the place of a file is refused, so nothing outside a checkpoint is read, and
 nothing waits for a pipe.

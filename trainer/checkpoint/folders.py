@@ -73,7 +73,7 @@ def step_folders(root: Place) -> list[StepFolder]:
 
 
 def new_temporary(root: Place, step: int) -> Place:
-    """Make the folder in which the checkpoint of `step` is written; on remote storage, step-N itself, emptied."""
+    """Make the folder that the checkpoint of `step` is written to; on remote storage, an empty step-N."""
     if isinstance(root, RemotePath):
         remove(root / f"step-{step}")
         return root / f"step-{step}"

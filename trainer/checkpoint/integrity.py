@@ -7,9 +7,9 @@
 
 A bit that flips in any of them is seen: in a data file by its checksum (other errors are missed once in
 2^64), in integrity.json by the digest, in COMPLETE by its own mismatch. XXH3 reads several times faster than
-a disk writes (docs/checkpointing.md has the figures); CRC-32 did not. This is protection against broken disks and killed writers, not against forgery: whoever can
-write the folder can write matching checksums. A forged checkpoint can hold wrong numbers; it cannot run
-code, since nothing in it is code (`manifest`, and safetensors).
+a disk writes (docs/checkpointing.md has the figures). This is protection against broken disks and killed
+writers, not against forgery: whoever can write the folder can write matching checksums. A forged checkpoint
+can hold wrong numbers; it cannot run code, since nothing in it is code (`manifest`, and safetensors).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class FileRecord:
 
 
 def new_checksum() -> xxhash.xxh3_64:
-    """What computes a file's checksum: ``update(block)``, then ``hexdigest()``. Large blocks free Python's lock."""
+    """What computes a file's checksum: ``update(block)``, then ``hexdigest()``; frees Python's lock."""
     return xxhash.xxh3_64()
 
 

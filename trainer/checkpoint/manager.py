@@ -9,8 +9,8 @@
         if checkpoints.due(step): checkpoints.save(state, step, tokens)
     checkpoints.finish()
 
-With `checkpoint.async_mode`, `save` copies this rank's share to host memory (`trainer.checkpoint.staging`), and
-a background thread writes it. A save begins only when the one before it has ended.
+With `checkpoint.async_mode`, `save` copies this rank's share to host memory (`trainer.checkpoint.staging`),
+and a background thread writes it. A save begins only when the one before it has ended.
 
 A save that fails leaves nothing behind and former checkpoints as they were. It ends the run where the user
 must know: at step 1 (`enable_first_step_checkpoint` asks whether saving works) and at the last step.
@@ -124,7 +124,7 @@ class CheckpointManager:
         started = time.perf_counter()
         manifest = found.manifest
         differences = changes.changed(manifest.config, state.config)
-        model_only = not found.is_own and self._config.initial_load_model_only
+        model_only = self._model_only(found)
         excluded = self._config.exclude_from_loading
 
         def load() -> tuple[int, int]:
@@ -147,21 +147,28 @@ class CheckpointManager:
             except ValueError as error:
                 raise _data_misfit(found, str(error)) from None
         self._saved_step = step if found.is_own else -1
-        how = "weights from" if model_only or manifest.content != FULL else "resumed from"
-        seconds = time.perf_counter() - started
-        at = f"step {step}, {tokens:,} tokens seen, " if step else ""
-        log.info("checkpoint: %s %s (%s%.1fs)", how, found.folder, at, seconds)
-        if excluded and not model_only:
-            log.info("checkpoint: not loaded: %s", ", ".join(excluded))
+        self._announce(found, state, step, tokens, time.perf_counter() - started)
         if found.is_own and differences:
             log.info("checkpoint: changed since: %s", changes.describe(differences))
-        if found.is_own and state.world_size != manifest.train_state.get("world_size", state.world_size):
-            log.info("checkpoint: saved by %s ranks, loaded by %d", *_worlds(manifest, state))
         if step >= self._last_step:
             log.info("checkpoint: training.steps is %d: nothing is left to train", self._last_step)
         else:
             self._check_space(state)
         return step, tokens
+
+    def _announce(self, found: Found, state: RunState, step: int, tokens: int, seconds: float) -> None:
+        """Say what was loaded, and what was not."""
+        manifest, model_only = found.manifest, self._model_only(found)
+        how = "weights from" if model_only or manifest.content != FULL else "resumed from"
+        at = f"step {step}, {tokens:,} tokens seen, " if step else ""
+        log.info("checkpoint: %s %s (%s%.1fs)", how, found.folder, at, seconds)
+        if self._config.exclude_from_loading and not model_only:
+            log.info("checkpoint: not loaded: %s", ", ".join(self._config.exclude_from_loading))
+        if found.is_own and state.world_size != manifest.train_state.get("world_size", state.world_size):
+            log.info("checkpoint: saved by %s ranks, loaded by %d", *_worlds(manifest, state))
+
+    def _model_only(self, found: Found) -> bool:
+        return not found.is_own and self._config.initial_load_model_only
 
     def roll_back(self, state: RunState) -> tuple[int, int] | None:
         """Go back to the newest checkpoint, all but the position in the data.
@@ -229,7 +236,7 @@ class CheckpointManager:
             self._raise_failure(must_succeed)
 
     def before_update(self) -> None:
-        """To be called before the optimizer's step, which must not overtake a snapshot that is being copied."""
+        """Called before the optimizer's step, which must not overtake a snapshot that is being copied."""
         if self._staging is not None:
             self._staging.before_update()
 
@@ -341,14 +348,14 @@ class CheckpointManager:
         if found.is_own and not self._config.accept_model_changes:
             key, (then, now) = next(iter(differences.items()))
             text = (
-                f"the run in {self._root} has {key} = {then}, now it is {now}: its weights were not trained so\n"
+                f"the run in {self._root} has {key} = {then}, now {now}: its weights were not trained so\n"
                 "  set it as it was, or accept it with --checkpoint.accept_model_changes"
             )
             raise ConfigError([Problem(f"model: {key}", text)])
         log.warning("the weights were trained with another model: %s", changes.describe(differences))
 
     def _check_space(self, state: RunState) -> None:
-        """Check, before a run, that its first checkpoint fits on the disk, and warn where the last will not."""
+        """Check, before a run, that its first checkpoint fits on the disk; warn where the last will not."""
         if not self._saves or not self._config.enable:
             return
         sizes: dict[str, int] = {}

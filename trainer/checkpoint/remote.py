@@ -1,4 +1,4 @@
-"""Checkpoints on storage that is no local disk: s3://, gs://, http:// and whatever else fsspec opens. Torch-free.
+"""Checkpoints on storage that is no local disk: s3://, http:// and what else fsspec opens. Torch-free.
 
 `RemotePath` has the few parts of `pathlib.Path` that checkpoints use (``/``, name, parent), and the few
 operations that `trainer.checkpoint.files` builds on. What differs from a local disk:
@@ -90,7 +90,7 @@ class RemotePath:
         return RemotePath(self.url.rpartition("/")[0])
 
     def listing(self) -> dict[str, int | None]:
-        """Names in this folder -> sizes, None where the store does not say (or it is a folder); {} without one."""
+        """Names in this folder -> sizes: None for folders, and where the store has none; {} without one."""
         with self._backend() as (fs, path):
             fs.invalidate_cache()
             try:

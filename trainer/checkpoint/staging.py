@@ -1,10 +1,11 @@
 """Copies of a rank's share on the host, from which a save is written while training goes on.
 
-``async``                 fresh memory for each save; training stands still while the device copies into it.
-``async_with_pinned_mem`` page-locked memory that is kept from save to save, and a stream of its own for the
-                          copies. What only the optimizer's step changes (parameters and moments) may be copied
-                          while the next forward and backward run: `before_update` makes that step, on the
-                          device, wait for the copies. The rest is small and copied at once.
+``async``                 fresh memory for each save; training stands still while the device copies into it
+``async_with_pinned_mem`` page-locked memory that is kept from save to save, and a stream of its own
+
+What only the optimizer's step changes (parameters and moments) may be copied by that stream while the next
+forward and backward run: `before_update` makes the step wait, on the device, for the copies. The rest is
+small and copied at once.
 
 Either way the copies are a snapshot: what is written does not depend on what training does meanwhile. Both
 need host memory for the share; the pinned kind keeps it until the run ends. Pinning goes through

@@ -84,7 +84,7 @@ class RunState:
         }
 
     def full_sizes(self) -> dict[str, int]:
-        """Key -> bytes of what this rank knows of a full checkpoint, also before the optimizer has its moments.
+        """Key -> bytes of what this rank knows of a full checkpoint, also before there are moments.
 
         A sharded tensor counts whole, on each of its ranks; those of other pipeline stages are unknown here.
         """

@@ -1,10 +1,10 @@
-"""`octavo selftest resume [--section.key VALUE ...]`: does a killed run resume exactly, here and with this config?
+"""`octavo selftest resume [--section.key VALUE ...]`: does a killed run resume exactly here, so configured?
 
-Three acts, each a launch like ./run_train.sh's, with the flags given and CONFIG_FILE and NGPU as for training:
+Three acts, by launches like ./run_train.sh's, with the flags given and CONFIG_FILE and NGPU as ever:
 
     1  a run of a few steps that nothing disturbs
     2  the same run, killed with SIGKILL at random moments and started again as often
-    3  losses, gradient norms and the final checkpoint (weights, moments, random generators, converters) compared
+    3  compared: losses, gradient norms, final checkpoint (weights, moments, generators, converters)
 
 Everything is compared to the bit. On GPUs both runs are in deterministic mode: without it, two undisturbed
 runs differ too.

@@ -115,7 +115,7 @@ def test_a_model_that_computes_something_else_is_refused_unless_told(run):
     """Settings that leave every shape as it is: the tensors fit, the function is another."""
     run("--training.steps=2")
     theta, heads = "--model.overrides.rope_theta=10000", "--model.overrides.norm_eps=1e-6"
-    for flag, expected in ((theta, "has rope_theta = 500000.0, now it is 10000.0"), (heads, "norm_eps")):
+    for flag, expected in ((theta, "has rope_theta = 500000.0, now 10000.0"), (heads, "norm_eps")):
         with pytest.raises(ConfigError) as caught:
             run(flag)
         assert expected in str(caught.value)
