@@ -20,7 +20,6 @@ In between it is an error on stderr, and the next interval tries again: a disk m
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 import time
@@ -33,7 +32,7 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint import changes, folders
+from trainer.checkpoint import changes, fit, folders
 from trainer.checkpoint.choose import Found, choose, is_complete
 from trainer.checkpoint.files import CheckpointError
 from trainer.checkpoint.manifest import FULL, MODEL_ONLY, Manifest
@@ -50,7 +49,7 @@ from trainer.checkpoint.writer import (
     to_host,
     write_checkpoint,
 )
-from trainer.config.errors import ConfigError, Problem
+from trainer.config.errors import ConfigError
 from trainer.config.load import Loaded
 from trainer.interop.export import load_in_run, open_for_run, save_in_run
 from trainer.interop.hf_folder import HfFolder
@@ -136,16 +135,16 @@ class CheckpointManager:
         with self._ending():
             try:
                 self._ranks.all_do(lambda: state.check_model(manifest))
-                self._check_function(found)
+                fit.check_function(found, self._root, self._loaded.config)
                 step, tokens = self._ranks.all_do(load)[0]
                 if not model_only and manifest.content == FULL and "dataloader" not in excluded:
                     state.load_data(manifest)  # the same on every rank, and so is its error
             except CheckpointError as error:
-                raise self._misfit(found, str(error), differences) from None
+                raise fit.misfit(found, self._root, str(error), differences) from None
             except ConfigError:
                 raise
             except ValueError as error:
-                raise _data_misfit(found, str(error)) from None
+                raise fit.data_misfit(found, str(error)) from None
         self._saved_step = step if found.is_own else -1
         self._announce(found, state, step, tokens, time.perf_counter() - started)
         if found.is_own and differences:
@@ -326,64 +325,19 @@ class CheckpointManager:
             os.close(self._lock)
             self._lock = None
 
-    def _misfit(self, found: Found, message: str, differences: dict[str, Any]) -> Exception:
-        """The error for a checkpoint that is whole and does not fit, with the setting that is to blame."""
-        key = changes.culprit(differences, "model")
-        if not found.is_own or key is None:
-            return CheckpointError(f"{found.folder} {message}\n  it is of another model than this run's")
-        then, now = differences[key]
-        text = (
-            f"the run in {self._root} has {key} = {then}, now it is {now}\n"
-            f"  {found.folder.name} {message}\n  set it as it was, or choose another job.dump_folder"
-        )
-        return ConfigError([Problem(key, text)])
-
-    def _check_function(self, found: Found) -> None:
-        """Refuse, or name, settings with which the same weights would compute something else."""
-        differences = changes.changed_function(
-            found.manifest.model, changes.model_settings(self._loaded.config)
-        )
-        if not differences:
-            return
-        if found.is_own and not self._config.accept_model_changes:
-            key, (then, now) = next(iter(differences.items()))
-            text = (
-                f"the run in {self._root} has {key} = {then}, now {now}: its weights were not trained so\n"
-                "  set it as it was, or accept it with --checkpoint.accept_model_changes"
-            )
-            raise ConfigError([Problem(f"model: {key}", text)])
-        log.warning("the weights were trained with another model: %s", changes.describe(differences))
-
     def _check_space(self, state: RunState) -> None:
-        """Check, before a run, that its first checkpoint fits on the disk; warn where the last will not."""
         if not self._saves or not self._config.enable:
             return
         sizes: dict[str, int] = {}
-        for found in self._ranks.gather(state.full_sizes()):
-            sizes.update(found)
+        for known in self._ranks.gather(state.full_sizes()):
+            sizes.update(known)
         size = sum(sizes.values()) + MARGIN_BYTES
         with self._ending():
-            free, there = self._ranks.first_does(partial(self._room, size))
-        if free is None:
-            return
-        keep = self._config.keep_latest_k
-        most = keep + 1 if keep else math.inf  # the one being written beside those that are kept
-        coming = min(-(-self._last_step // self._config.interval), most) - there
-        if coming * size > free:
-            log.warning(
-                "%s has room for %d more checkpoints of %s bytes (%s are free); this run makes %d",
-                *(self._root, free // size, f"{size:,}", f"{free:,}", coming),
+            line = self._ranks.first_does(
+                partial(fit.check_space, self._root, size, self._config, self._last_step)
             )
-
-    def _room(self, size: int) -> tuple[int | None, int]:
-        free, there = folders.free_bytes(self._root), len(folders.step_folders(self._root))
-        if free is not None and free < size:
-            raise CheckpointError(
-                f"the disk of {self._root} has no room for a checkpoint\n"
-                f"  it needs {size:,} bytes, {free:,} are free there\n"
-                "  make room, choose another job.dump_folder, or set checkpoint.load_only"
-            )
-        return free, there
+        if line:
+            log.warning("%s", line)
 
     @contextmanager
     def _ending(self) -> Iterator[None]:
@@ -393,12 +347,6 @@ class CheckpointManager:
         except (ConfigError, CheckpointError):
             self._release()
             raise
-
-
-def _data_misfit(found: Found, message: str) -> ConfigError:
-    lines = message.splitlines()[:2]
-    lines.append("  set it as it was, or start the data anew: checkpoint.exclude_from_loading=dataloader")
-    return ConfigError([Problem(found.folder.name, "\n".join(lines))])
 
 
 def _since(started: float) -> float:
