@@ -94,7 +94,7 @@ def data_files(folder):
 @pytest.mark.parametrize(
     ("ngpu", "flags", "kills"),
     [(1, ["--checkpoint.async_mode=async"], 2), (2, FLOAT8, 1)],
-    ids=["one process, async", "two processes, float8 delayed"],
+    ids=["one process, async", "two processes, float8 delayed, remote"],
 )
 def test_a_killed_run_is_the_unbroken_run(tmp_path, ngpu, flags, kills):
     """R1, short: losses and gradient norms to the bit, and the bytes of the last checkpoint.
@@ -103,6 +103,8 @@ def test_a_killed_run_is_the_unbroken_run(tmp_path, ngpu, flags, kills):
     """
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(start(whole, [*flags, "--debug.seed=3"], ngpu))
+    if ngpu == 2:
+        flags = [*flags, f"--checkpoint.folder=local://{broken}/checkpoint"]
     dice = random.Random(0)
     for number in range(kills):
         process = start(broken, [*flags, "--debug.seed=3"], ngpu)

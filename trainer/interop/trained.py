@@ -267,7 +267,8 @@ def _steps(place: Path) -> dict[int, Path]:
             step = folders.step_of(candidate.name.removesuffix(HF_SUFFIX))
             if step is not None and candidate.is_dir():
                 found[step] = candidate
-        found.update({step.step: step.path for step in folders.step_folders(folder)})
+        own = {step: path for step, path in folders.step_folders(folder) if isinstance(path, Path)}
+        found.update(own)
         if found:
             return found
     return found

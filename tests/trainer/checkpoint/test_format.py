@@ -84,12 +84,12 @@ def test_a_box_is_written_once_by_the_least_loaded_of_its_holders():
 
 
 def test_every_flipped_bit_is_found_and_the_file_named(root, save):
-    """R3, short: 20 random bits over all files of a checkpoint."""
+    """R3: 100 random bits over all files of a checkpoint."""
     save(root, 1)
     folder = save(root, 2)
     dice = random.Random(0)
     files = sorted(folder.iterdir())
-    for _ in range(20):
+    for _ in range(100):
         path = dice.choice(files)
         original = path.read_bytes()
         damaged = bytearray(original)
