@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from trainer.checkpoint import folders
 from trainer.checkpoint.config import CheckpointConfig
@@ -61,12 +61,10 @@ def show(folder: str) -> int:
     """Describe one checkpoint (of several, the newest complete one)."""
     path, manifest = _newest_complete(folder)
     state, tensors = manifest.train_state, manifest.tensors
-    data = manifest.dataloader
     lines = [("checkpoint", str(path)), ("step", f"{manifest.step:,}"), ("content", manifest.content)]
-    lines += [(key.replace("_", " "), f"{value:,}") for key, value in state.items() if key != "step"]
-    if data:
-        position = f"epoch {data.get('epoch')}, document {data.get('document')}, offset {data.get('offset')}"
-        lines.append(("data", f"{data.get('dataset')}: {position}, {data.get('windows')} windows read"))
+    counts = {key: value for key, value in state.items() if type(value) is int and key != "step"}
+    lines += [(key.replace("_", " "), f"{value:,}") for key, value in counts.items()]
+    lines += _data_lines(manifest.dataloader)
     for kind in ("model", "optimizer", "converter", "rng"):
         entries = manifest.under(kind).values()
         if entries:
@@ -203,6 +201,17 @@ def _valid_newest(steps: Sequence[StepFolder], keep: int) -> set[int]:
         if len(valid) == keep:
             break
     return valid
+
+
+def _data_lines(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where each source is; a position that is malformed has no line."""
+    lines = [("windows read", f"{data['windows']:,}")] if type(data.get("windows")) is int else []
+    sources = data.get("sources")
+    for source in sources if isinstance(sources, list) else []:
+        if isinstance(source, dict):
+            place = ", ".join(f"{key} {source.get(key)}" for key in ("epoch", "document", "offset"))
+            lines.append(("data", f"{source.get('dataset')}: {place}"))
+    return lines
 
 
 def _files(manifest: Manifest) -> set[str]:

@@ -26,6 +26,7 @@ from trainer.data.mixture import Entry, parse_mixture
 
 ABSENT: dict[str, str] = {
     "fault_tolerance.": "torchft replica groups",
+    "checkpoint.enable_ft_dataloader_checkpoints": "torchft replica groups",
     "memory_estimation.": "the memory-tracking script",
     "parallelism.expert_": "expert parallelism",
     "quantize.linear.mx.": "MXFP8",
