@@ -35,7 +35,7 @@ def some_ignored(batches):
 
 class IgnoringTrainer(Trainer):
     def train_step(self, batches):
-        super().train_step(some_ignored(batches))
+        super().train_step(list(some_ignored(batches)))
 
 
 def main():

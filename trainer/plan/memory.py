@@ -116,6 +116,8 @@ class StepShape:
     """What its backward takes besides, the logits' gradient included."""
     compute_bytes: int
     """Of one element in forward and backward."""
+    master_bytes: int
+    """Of one element of the parameters and their gradients, once reduced."""
     offloaded: bool
     """Parameters, gradients and optimizer live in host memory."""
 
@@ -253,10 +255,13 @@ def _reduce(ledger: Ledger, step: StepShape, unit: Unit, whole: int, former: int
     size = unit.local_numel * _FP32
     ledger.alloc("gradient buffers", size)
     ledger.free("gradient buffers", whole)
-    result = unit.shard_numel * _FP32
-    ledger.alloc("gradients", result, _REDUCE)
+    reduced, result = unit.shard_numel * _FP32, unit.shard_numel * step.master_bytes
+    ledger.alloc("gradients", reduced, _REDUCE)
     if step.fsdp_degree == 1:
-        ledger.touch("gradient buffers", result, _REDUCE)
+        ledger.touch("gradient buffers", reduced, _REDUCE)
+    if result < reduced:  # summed in fp32, kept in the parameters' dtype
+        ledger.alloc("gradients", result, _REDUCE)
+        ledger.free("gradients", reduced, _REDUCE)
     if gradients or step.offloaded:
         ledger.free("gradients", result, _REDUCE)  # added to what is there, or copied to the host
     return size

@@ -67,6 +67,7 @@ def step_shape(
         saved,
         backward,
         element_bytes(config),
+        master,
         config.training.enable_cpu_offload,
     )
 

@@ -119,6 +119,8 @@ class Watchdog:
         return None
 
     def _run(self) -> None:
+        with suppress(Exception):  # what the loop meets again, and treats
+            self._say()
         while not self._stop.wait(self._seconds):
             try:
                 self._say()

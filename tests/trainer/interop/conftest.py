@@ -9,7 +9,7 @@ import torch
 
 from models.llama3.config import FLAVORS
 from models.llama3.model import Llama3
-from trainer.checkpoint.files import step_folder
+from trainer.checkpoint.folders import step_folder
 from trainer.checkpoint.manifest import MODEL_ONLY, Manifest
 from trainer.checkpoint.ranks import Ranks
 from trainer.checkpoint.state import model_tensors
