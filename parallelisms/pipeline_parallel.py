@@ -31,6 +31,7 @@ import torch
 import torch._functorch.config
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
@@ -268,6 +269,11 @@ class _Stage(PipelineStage):
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         # Until torch 2.12 stages greet their neighbours, and gloo cannot send to its own rank (a V's turn).
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
+    def _warmup_backward_result(self, received_result: Tensor | None = None) -> Tensor | None:
+        """The ranks' vote whether shapes are declared (torch 2.13), which a dry run cannot read: they are."""
+        result = super()._warmup_backward_result(received_result)
+        return torch.tensor(1) if isinstance(result, FakeTensor) else result
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """The weights' half of a backward, after which FSDP's hooks do not run."""

@@ -284,11 +284,6 @@ def unavailable(loaded: Loaded) -> list[Problem]:
             c.comm.mode == "local_tensor",
             "comm.mode 'local_tensor' (all ranks' tensors in one process; 'fake_backend' is there)",
         ),
-        (
-            "comm.mode",
-            c.comm.mode == "fake_backend" and p.pipeline_parallel_degree > 1,
-            "a dry run of pipeline stages (their schedules read values, which a dry run does not have)",
-        ),
         ("optimizer.early_step_in_backward", c.optimizer.early_step_in_backward, "stepping inside backward"),
         ("debug.moe_force_load_balance", c.debug.moe_force_load_balance, "mixture-of-experts"),
     ]

@@ -186,7 +186,6 @@ def test_settings_without_effect_are_warned_about():
         ["--quantize.grouped_mm.float8.fqns=experts"],
         ["--parallelism.expert_tensor_parallel_degree=2"],
         ["--comm.mode=local_tensor"],
-        ["--comm.mode=fake_backend", "--parallelism.pipeline_parallel_degree=2"],
     ],
 )
 def test_what_does_not_exist_is_refused_for_a_run(flags):

@@ -58,6 +58,21 @@ def test_counted_bytes_are_the_planned_ones(world_size, flags):
         assert moved["all_reduce"] == total("all-reduce over replicas", "tensor-parallel sums")
 
 
+@pytest.mark.parametrize("rank", [0, 63])
+def test_stages_pass_each_micro_batch_on(rank):
+    """First and last stage of 2: four micro-batches forward, their gradients back, and one vote to begin."""
+    flags = ["--parallelism.pipeline_parallel_degree=2", "--parallelism.context_parallel_degree=2"]
+    loaded = load([*COMMON, *flags, "--training.local_batch_size=4"], env={})
+    config = loaded.config
+    found = dry_run(loaded, Rank(rank, 0, 64, torch.device("cpu")))
+    hidden = 2 * (config.training.seq_len // 2) * 256  # bytes in bf16: this rank's positions of one sequence
+    for kind in ("send", "receive"):
+        moved = sum(count for (found_kind, _), count in found.collectives.calls.items() if found_kind == kind)
+        assert moved in (4, 5)
+        size = sum(size for (found_kind, _), size in found.collectives.bytes.items() if found_kind == kind)
+        assert size == pytest.approx(4 * hidden / 2, rel=0.01)
+
+
 def test_the_launcher_starts_one_process_for_all(train):
     run = train("--comm.mode=fake_backend", TP4, "--training.global_batch_size=-1", ngpu=64)
     assert run.code == 0, run.err
