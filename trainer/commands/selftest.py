@@ -228,20 +228,34 @@ def _compare(test: Selftest) -> bool:
         first = f"step {wrong[0]}" if wrong else "none"
         rows.append((key, f"{len(steps)} steps", str(len(steps) - len(wrong)), first))
         identical &= not wrong and len(steps) == test.steps
+    places = [step_folder(test.folder / name / "checkpoint", test.steps) for name in ("unbroken", "broken")]
     try:
-        states = [
-            verify(step_folder(test.folder / name / "checkpoint", test.steps))
-            for name in ("unbroken", "broken")
-        ]
+        states = [verify(place) for place in places]
     except CheckpointError as error:
         rows.append(("final state", "no checkpoint", "0", str(error)))
         identical = False
     else:
         mine, other = ({k: r for k, r in files.items() if k.startswith("rank-")} for files in states)
         differing = sorted(name for name in {*mine, *other} if mine.get(name) != other.get(name))
-        which = differing[0] if differing else "none"
+        which = _first_tensor(*(Path(str(place)) / differing[0] for place in places)) if differing else "none"
         rows.append(("final state", f"{len(mine)} files", str(len(mine) - len(differing)), which))
         identical &= not differing
     print_table(rows)
     print("identical: a killed run resumes exactly here" if identical else "NOT identical")
     return identical
+
+
+def _first_tensor(one: Path, other: Path) -> str:
+    """The first tensor of two files of a checkpoint that is not the same."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(one, "pt") as left, safe_open(other, "pt") as right:
+        names = sorted(left.keys())
+        if names != sorted(right.keys()):
+            return f"{one.name}: other tensors"
+        for name in names:
+            mine, its = (file.get_tensor(name).reshape(-1).view(torch.uint8) for file in (left, right))
+            if not torch.equal(mine, its):
+                return name
+    return one.name
