@@ -6,14 +6,13 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-import torch.distributed as dist
 
+from tests.integration.ranks import run_ranks
 from trainer.checkpoint.folders import step_folders
 from trainer.checkpoint.integrity import read_records, verify
 from trainer.metrics.history import read_history
@@ -225,42 +224,7 @@ def _tail(path):
 
 
 def work(folder, world_size, task, *layouts):
-    # One store for all runs of the workers: a port that is chosen now and opened later may be taken by then.
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    workers = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(REPO / "tests/trainer/checkpoint/layouts_worker.py"),
-                folder,
-                task,
-                *layouts,
-            ],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "localhost",
-                "MASTER_PORT": str(store.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "OMP_NUM_THREADS": "1",
-                "CUDA_VISIBLE_DEVICES": "",
-            },
-            cwd=REPO,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        for worker in workers:
-            out, _ = worker.communicate(timeout=400)
-            assert worker.returncode == 0, out[-4000:]
-    finally:
-        for worker in workers:
-            worker.kill()
+    run_ranks(world_size, "tests/trainer/checkpoint/layouts_worker.py", folder, task, *layouts)
 
 
 def check_layouts(folder, makers, loaders):

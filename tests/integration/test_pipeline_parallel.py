@@ -1,15 +1,11 @@
 """Pipelines against one process: losses, gradient norms, validation, over gloo."""
 
 import json
-import os
-import random
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.integration.ranks import run_ranks
 from trainer.metrics.history import read_history
 
 REPO = Path(__file__).parents[2]
@@ -43,46 +39,10 @@ def pp(schedule, degree=2, *flags):
     return [f"{PP}degree={degree}", f"{PP}schedule={schedule}", *flags]
 
 
-def free_ports(count):
-    """Ports below those that the system gives out by itself: some of these are used minutes later."""
-    found = []
-    while len(found) < count:
-        port = random.randrange(10000, 32000)
-        try:
-            socket.create_server(("localhost", port)).close()
-        except OSError:
-            continue
-        found.append(str(port))
-    return found
-
-
 def work(folder, world_size, runs, steps):
     """Run `runs` (name -> flags) one after the other in `world_size` processes."""
     listed = [[name, [*FLAGS, f"--training.steps={steps}", *flags]] for name, flags in runs.items()]
-    ports = ",".join(free_ports(len(runs)))
-    script = str(REPO / "tests/parallelisms/pipeline_worker.py")
-    workers = [
-        subprocess.Popen(
-            [sys.executable, script, str(folder), ports, json.dumps(listed)],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "localhost",
-                "OMP_NUM_THREADS": "1",
-                "CUDA_VISIBLE_DEVICES": "",
-            },
-            cwd=REPO,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    outs = [worker.communicate(timeout=540)[0] for worker in workers]
-    assert all(worker.returncode == 0 for worker in workers), "\n".join(out[-3000:] for out in outs)
-    return outs
+    return run_ranks(world_size, "tests/parallelisms/pipeline_worker.py", folder, json.dumps(listed))
 
 
 def curves(folder, name):

@@ -1,6 +1,6 @@
 """Run once a rank by tests/integration/test_pipeline_parallel.py: several runs, one after the other.
 
-    python pipeline_worker.py FOLDER PORTS '[["NAME", ["--flag", ...]], ...]'
+    python pipeline_worker.py FOLDER '[["NAME", ["--flag", ...]], ...]'
 
 Each run writes FOLDER/NAME as any run does. Some labels are ignored, by what a sequence holds and so alike in
 every layout: a few of one sequence, nearly all of another.
@@ -18,7 +18,7 @@ import torch.distributed as dist
 REPO = Path(__file__).parents[2]
 sys.path.insert(0, str(REPO))
 
-from parallelisms.distributed import Rank  # noqa: E402
+from parallelisms.distributed import ATTEMPT_VARIABLE, Rank  # noqa: E402
 from trainer.config.preflight import preflight  # noqa: E402
 from trainer.data.packing import IGNORED_LABEL  # noqa: E402
 from trainer.log import setup_logging  # noqa: E402
@@ -39,12 +39,12 @@ class IgnoringTrainer(Trainer):
 
 
 def main():
-    folder, ports, runs = Path(sys.argv[1]), sys.argv[2].split(","), json.loads(sys.argv[3])
+    folder, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
     rank = Rank.from_env()
     torch.set_num_threads(1)
     setup_logging(rank.rank, rank.world_size)
     for name, flags in runs:
-        os.environ["MASTER_PORT"] = ports.pop()
+        os.environ[ATTEMPT_VARIABLE] = name
         config = f"--job.config_file={REPO}/train_configs/debug_model.toml"
         trainer = IgnoringTrainer(
             preflight([config, *flags, f"--job.dump_folder={folder / name}"], rank.world_size), rank
