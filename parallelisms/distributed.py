@@ -100,7 +100,7 @@ def set_collective_timeout(groups: Iterable[dist.ProcessGroup], seconds: int) ->
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether `error` is a collective's: that another rank has gone, not what happened to it."""
+    """Whether `error` is a collective's: that another rank is gone or silent, not what happened to it."""
     if isinstance(error, dist.DistError):  # NCCL, stores, sockets
         return True
     gloo = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")  # a plain RuntimeError

@@ -351,10 +351,6 @@ def _idle_resilience(loaded: Loaded) -> list[str]:
     ]
 
 
-def _known_converters(config: Any) -> list[str]:
-    return [name for name in config.model.converters if name in CONVERTERS]
-
-
 def _changed(loaded: Loaded, prefix: str) -> list[str]:
     """Keys below `prefix` that the user set to something else than the default."""
     return [

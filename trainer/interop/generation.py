@@ -69,11 +69,6 @@ class Generated:
     decode_seconds: float
     """From the first generated token to the last."""
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Generated tokens of all prompts in a second, reading the prompts included."""
-        return self.new_tokens / max(self.prefill_seconds + self.decode_seconds, 1e-9)
-
 
 def generate(
     loaded: LoadedModel,
