@@ -1,5 +1,6 @@
 """Shared fixtures: skip what this machine lacks, and run training as a user does."""
 
+import logging
 import os
 import subprocess
 from dataclasses import dataclass
@@ -22,6 +23,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         elif item.get_closest_marker("slow") and "slow" not in item.config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="takes minutes: run with -m slow"))
+
+
+@pytest.fixture(autouse=True)
+def _own_logging():
+    """Undo what a test that runs a command in this process leaves in the root logger: a closed stream."""
+    root = logging.getLogger()
+    handlers, level, complain = root.handlers[:], root.level, logging.raiseExceptions
+    yield
+    root.handlers[:], logging.raiseExceptions = handlers, complain
+    root.setLevel(level)
 
 
 @dataclass
