@@ -1,0 +1,107 @@
+"""Compile a Triton kernel for Hopper on any machine, and read what it takes of the chip.
+
+Triton's own ptxas does it, without a GPU. As a script (`python -m tests.kernels.hopper`) it reads one request
+as JSON from stdin; tests call `compile_for_hopper`, which runs it in a process without the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).parents[2]
+_DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
+
+
+def compile_for_hopper(
+    kernel: str,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    *,
+    num_warps: int = 4,
+    aligned: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Compile ``module:kernel`` for compute capability 9.0.
+
+    Args:
+        kernel: Its place, for example ``kernels.triton.cast:cast_both_kernel``.
+        signature: Every argument in order -> Triton's type: ``*bf16``, ``*fp32``, ``*fp8e4nv``, ``*fp8e5``,
+            ``i32``, ``fp32``, ``constexpr``.
+        constants: Values of the constexpr arguments.
+        num_warps: Warps of a program.
+        aligned: Arguments (pointers, sizes) that are multiples of 16, as most are in a run.
+
+    Returns:
+        registers (a thread), stack (bytes a thread: spills show here), shared (bytes a program), and the
+        distinct global loads and stores of its PTX.
+    """
+    request = {
+        "kernel": kernel,
+        "signature": signature,
+        "constants": constants,
+        "num_warps": num_warps,
+        "aligned": aligned,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.hopper"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _main() -> None:
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    request = json.loads(sys.stdin.read())
+    module, name = request["kernel"].split(":")
+    function = getattr(importlib.import_module(module), name)
+    function = getattr(function, "fn", function) if not hasattr(function, "arg_names") else function
+    names = list(request["signature"])
+    source = ASTSource(
+        function,
+        signature=request["signature"],
+        constexprs=request["constants"],
+        attrs={(names.index(name),): _DIVISIBLE_BY_16 for name in request["aligned"]},
+    )
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": request["num_warps"]}
+    )
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [tools / "cuobjdump", "--dump-resource-usage", cubin.name], capture_output=True, text=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    accesses = sorted(set(re.findall(r"(?:ld|st|atom|red)\.global[.:\w]*", compiled.asm["ptx"])))
+    print(
+        json.dumps(
+            {
+                "registers": int(found[1]),
+                "stack": int(found[2]),
+                "shared": compiled.metadata.shared,
+                "accesses": accesses,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    _main()
