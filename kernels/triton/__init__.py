@@ -1,1 +1,1 @@
-"""The Triton side of `kernels`: nothing here is imported before a kernel runs, so that CPUs do without Triton."""
+"""The Triton side of `kernels`. Nothing here is imported before a kernel runs: CPUs do without Triton."""
