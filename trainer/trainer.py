@@ -44,7 +44,7 @@ from trainer.forward import Forward
 from trainer.loss import cross_entropy_sum
 from trainer.metrics.flops import flops_per_token
 from trainer.metrics.logger import MetricsLogger
-from trainer.optim.clipping import clip_grad_norm
+from trainer.optim.clipping import clip_for
 from trainer.optim.optimizer import build_optimizer
 from trainer.optim.schedule import build_lr_scheduler
 from trainer.profiling import MemorySnapshotRecorder, TraceRecorder, oom_message, resident_bytes
@@ -185,12 +185,11 @@ class Trainer:
         for converter in self.converters:
             converter.after_backward(self.model)
         norms = self.faults.bad_steps.new_norms()
-        grad_norm = clip_grad_norm(
-            self.model.parameters(), self.config.training.max_norm, self.mesh.stage_group, norms
-        )
+        max_norm, stages = self.config.training.max_norm, self.mesh.stage_group
+        grad_norm, factor = clip_for(self.optimizer, self.model.parameters(), max_norm, stages, norms)
         lr = self.lr_scheduler.get_last_lr()[0]
         self.checkpoints.before_update()
-        self.faults.optimizer_step(loss, grad_norm, norms)
+        self.faults.optimizer_step(loss, grad_norm, norms, factor)
         self.optimizer.zero_grad()
         self.lr_scheduler.step()
         for converter in self.converters:

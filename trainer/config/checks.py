@@ -233,6 +233,11 @@ def _combination_problems(loaded: Loaded) -> Iterator[Problem]:
     for key in ("initial_load_in_hf", "last_save_in_hf"):
         if getattr(c.checkpoint, key) and spec is not None and spec.huggingface is None:
             yield loaded.problem(f"checkpoint.{key}", f"{c.model.name} has no Hugging Face format")
+    if c.optimizer.implementation == "one_pass" and c.training.enable_cpu_offload:
+        message = (
+            "one_pass has a kernel for GPUs alone, and offloaded parameters are stepped on the host: fused"
+        )
+        yield loaded.problem("optimizer.implementation", message)
     if c.optimizer.early_step_in_backward and c.training.global_batch_size != -1:
         message = (
             "steps inside backward, so gradients cannot accumulate: leave training.global_batch_size at -1"

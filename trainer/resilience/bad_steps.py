@@ -109,6 +109,7 @@ class BadSteps:
         norms: GradNorms | None,
         step: int,
         batch: str,
+        grad_scale: Tensor | None = None,
     ) -> None:
         """`optimizer.step()`, unless the step is bad.
 
@@ -120,14 +121,15 @@ class BadSteps:
             norms: Of `new_norms`, filled.
             step: Its number.
             batch: Where its data is, in words.
+            grad_scale: What clipping left to the optimizer, see `trainer.optim.clipping.clip_for`.
         """
         if norms is None:
-            optimizer.step()
+            _scaled_step(optimizer, grad_scale)
             return
         self.settle()
         names = [clean_fqn(name) for name, parameter in parameters if parameter.grad is not None]
         values = self._judge(loss, norm)
-        gated_step(optimizer, values[0].float())
+        gated_step(optimizer, values[0].float(), grad_scale)
         self._pending = self._on_its_way(values, step, batch, norms, names)
         if self._pending.ready is None:
             self.settle()
@@ -257,13 +259,20 @@ class BadSteps:
         return note
 
 
-def gated_step(optimizer: Optimizer, bad: Tensor) -> None:
-    """One step that changes nothing where `bad` is 1.0."""
+def gated_step(optimizer: Optimizer, bad: Tensor, grad_scale: Tensor | None = None) -> None:
+    """One step that changes nothing where `bad` is 1.0; `grad_scale` as for `BadSteps.step`."""
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         # Offloaded parameters are stepped on the host, which has waited for their gradients already.
         device = optimizer.param_groups[0]["params"][0].device
         optimizer.found_inf = bad.to(device)  # type: ignore[attr-defined]
-        optimizer.step()
+        _scaled_step(optimizer, grad_scale)
         del optimizer.found_inf  # type: ignore[attr-defined]
     elif not bad:
+        _scaled_step(optimizer, grad_scale)
+
+
+def _scaled_step(optimizer: Optimizer, grad_scale: Tensor | None) -> None:
+    if grad_scale is None:
         optimizer.step()
+    else:
+        optimizer.step(grad_scale=grad_scale)  # type: ignore[call-arg]

@@ -124,8 +124,10 @@ class Faults:
         """Whether all ranks give this validation up."""
         return self.stopping.agreed_within_step()
 
-    def optimizer_step(self, loss: Tensor, norm: Tensor, norms: GradNorms | None) -> None:
-        """The optimizer's step unless the step is bad."""
+    def optimizer_step(
+        self, loss: Tensor, norm: Tensor, norms: GradNorms | None, grad_scale: Tensor | None
+    ) -> None:
+        """The optimizer's step unless the step is bad; `grad_scale` is what clipping left to it."""
         trainer = self._trainer
         self.bad_steps.step(
             trainer.optimizer,
@@ -133,6 +135,7 @@ class Faults:
             loss=loss,
             norm=norm,
             norms=norms,
+            grad_scale=grad_scale,
             step=trainer.step,
             batch=self._batch_in_words(),
         )

@@ -1,0 +1,137 @@
+"""Adam and AdamW in one pass over memory, with gradient clipping folded in (`kernels.adamw`).
+
+They are torch's optimizers with another `step`: the same state under the same names, dtypes and devices as
+``fused=True`` leaves (step, exp_avg, exp_avg_sq), so a checkpoint of one goes on in the other. What they add:
+
+grad_scale             factor of all gradients, on the device: the clip factor
+low_precision_copies   bf16 tensors that are to hold the new parameters
+amaxes                 fp32 scalars that are to hold the largest magnitudes of this rank's parts of them
+
+Gradients may be bf16 where parameters are fp32. `found_inf`, by which a bad step is skipped without asking
+the host, works as in torch. Parameters may be DTensors: each rank updates its own part, for which nothing
+travels; the part may be empty. One that is a wrapper is given to the operator as it is, so that the wrapper
+sees the write (FSDPFloat8Shard forgets its scale).
+
+Nothing is allocated but a table of addresses, where gradients are contiguous and placed as their parameters.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import ParamsT
+
+from kernels.adamw import adamw_step
+
+
+class OnePass(torch.optim.Adam):
+    """What `OnePassAdam` and `OnePassAdamW` share: everything but the kind of weight decay."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        # "fused" decides where torch keeps `step`, and that a gate on the device is asked.
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        self.low_precision_copies: dict[Tensor, Tensor] = {}
+        """Parameter -> bf16 tensor of its shape, filled by each step."""
+        self.amaxes: dict[Tensor, Tensor] = {}
+        """Parameter -> fp32 scalar, filled by each step with the amax of this rank's part."""
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, grad_scale: Tensor | None = None
+    ) -> Any:
+        """One step.
+
+        Args:
+            closure: As for torch's optimizers.
+            grad_scale: () fp32, by which every gradient counts; the gradients themselves keep their values.
+
+        Returns:
+            What `closure` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            self._step_group(group, grad_scale, found_inf)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of any of torch's Adams, also of one that kept `step` on the host."""
+        groups = state_dict["param_groups"]
+        if any(group.get("amsgrad") or group.get("maximize") for group in groups):
+            raise ValueError("one_pass has neither amsgrad nor maximize")
+        own = {"fused": True, "foreach": None, "capturable": False}
+        super().load_state_dict({**state_dict, "param_groups": [{**group, **own} for group in groups]})
+
+    def _step_group(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        exp_avgs: list[Tensor] = []
+        exp_avg_sqs: list[Tensor] = []
+        steps: list[Tensor] = []
+        self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, [], steps)
+        if not params:
+            return
+        torch._foreach_add_(steps, 1)
+        alike: dict[Hashable, list[int]] = defaultdict(list)
+        for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            extras = param in self.low_precision_copies, param in self.amaxes
+            alike[param.device, param.dtype, grad.dtype, exp_avgs[index].dtype, extras].append(index)
+        beta1, beta2 = group["betas"]
+        for indices in alike.values():
+            chosen = [params[i] for i in indices]
+            device = chosen[0].device
+            adamw_step(
+                [_local(p) for p in chosen],
+                [_local(_placed_as(p, grads[i])).contiguous() for i, p in zip(indices, chosen, strict=True)],
+                [_local(exp_avgs[i]) for i in indices],
+                [_local(exp_avg_sqs[i]) for i in indices],
+                [steps[i] for i in indices],
+                [_local(self.low_precision_copies[p]) for p in chosen if p in self.low_precision_copies],
+                [self.amaxes[p] for p in chosen if p in self.amaxes],
+                None if grad_scale is None else grad_scale.to(device, torch.float32),
+                None if found_inf is None else found_inf.to(device, torch.float32),
+                group["lr"],
+                beta1,
+                beta2,
+                group["eps"],
+                group["weight_decay"],
+                group["decoupled_weight_decay"],
+            )
+        if found_inf is not None:
+            torch._foreach_sub_(steps, found_inf.to(steps[0].device))
+
+
+class OnePassAdam(OnePass):
+    """torch.optim.Adam in one pass: weight decay is part of the gradient."""
+
+
+class OnePassAdamW(OnePass, torch.optim.AdamW):
+    """torch.optim.AdamW in one pass: weight decay acts on the parameter."""
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; writing to it writes to the DTensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _placed_as(param: Tensor, grad: Tensor) -> Tensor:
+    """`grad` with the placements of `param`: FSDP2 leaves it so."""
+    if isinstance(grad, DTensor) and isinstance(param, DTensor) and grad.placements != param.placements:
+        return grad.redistribute(param.device_mesh, param.placements)
+    return grad
