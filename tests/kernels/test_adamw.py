@@ -112,7 +112,7 @@ def test_triton_form_of_bf16_parameters(launched, param, grad, state):
 
 
 def test_triton_form_where_parts_begin_anywhere(launched):
-    """Gradients that FSDP2 leaves are views into a buffer; only some lie on the boundaries of wide accesses."""
+    """FSDP2 leaves gradients as views into a buffer; only some lie on boundaries of wide accesses."""
 
     def shifted(lists):
         moved = [torch.cat((torch.full((3,), 7.0), t))[3:] for t in lists[1]]

@@ -23,7 +23,7 @@ class OptimizerConfig:
     weight_decay: float = field(default=0.1, metadata={"min": 0.0})
     """Decay of matrices (two and more dims, the embedding included); norms and biases are never decayed."""
     implementation: Literal["fused", "foreach", "for-loop", "one_pass"] = "fused"
-    """torch's kernel for all parameters, one for each operation, a loop; or one_pass: Octavo's, which also clips."""
+    """torch's kernel for all parameters, one for each operation, or a loop; or Octavo's, which also clips."""
     early_step_in_backward: bool = False
     """Step each parameter inside backward to free its gradient early; excludes clipping and accumulation."""
 

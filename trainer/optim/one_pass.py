@@ -126,8 +126,8 @@ class OnePassAdamW(OnePass, torch.optim.AdamW):
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; writing to it writes to the DTensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """This rank's part of a DTensor itself: `to_local` may give another wrapper around the same memory."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _placed_as(param: Tensor, grad: Tensor) -> Tensor:

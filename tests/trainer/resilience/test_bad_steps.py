@@ -40,7 +40,7 @@ def equal(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
-@pytest.mark.parametrize("implementation", ["fused", "foreach"])
+@pytest.mark.parametrize("implementation", ["fused", "foreach", "one_pass"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_gradient_changes_no_bit_and_is_named(prepare, monkeypatch, value, implementation):
     run = prepare(f"--optimizer.implementation={implementation}")

@@ -60,7 +60,7 @@ def prepare(tmp_path, monkeypatch, caplog):
 
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "CONFIG_FILE"):
         monkeypatch.delenv(name, raising=False)
-    repo = Path(__file__).parents[3]
+    repo = Path(__file__).parents[2]
     caplog.set_level(logging.INFO)
 
     def leave_group():
