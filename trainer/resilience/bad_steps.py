@@ -10,8 +10,8 @@ mean of good losses and f `resilience.loss_spike_factor`::
 
 A loss that is not finite makes a norm that is not. L is summed over ranks once a step only where f > 0.
 
-No GPU is waited for. `bad` is computed on the device and given to the fused optimizer as `found_inf`, which
-gradient scalers use: the kernel then changes nothing. (An optimizer without it is asked on the host.) What
+No GPU is waited for. `bad` is computed on the device and given to a fused or one-pass optimizer as
+`found_inf`, which gradient scalers use: the kernel then changes nothing. (With others the host asks.) What
 happened is copied to the host and read one step later, when the next step's work is queued already; on a CPU
 at once. N and L are the same on every rank, so all decide alike without asking each other.
 

@@ -45,6 +45,11 @@ def found(*flags, world_size=1):
         (["--checkpoint.keep_latest_k=1"], 1, "got 1"),
         (["--checkpoint.last_save_in_hf"], 1, "needs checkpoint.last_save_model_only"),
         (["--model.overrides.n_heads=7"], 1, "model.overrides.n_heads"),
+        (
+            ["--optimizer.implementation=one_pass", "--training.enable_cpu_offload"],
+            1,
+            "offloaded parameters are stepped on the host",
+        ),
     ],
 )
 def test_refusals(flags, world_size, expected):
