@@ -210,7 +210,7 @@ def _table(parts: tuple[list[Tensor], ...], block: int) -> tuple[Tensor, int]:
     first, blocks = [], 0
     for size in sizes:
         first.append(blocks)
-        blocks += triton.cdiv(size, block)
+        blocks += -(-size // block)  # triton.cdiv is slow on the host
     addresses = [[t.data_ptr() for t in part] or [0] * len(params) for part in parts]
     widest = addresses[:-1]  # amaxes are scalars
     aligned = [int(not any(a % _ACCESS for a in own)) for own in zip(*widest, strict=True)]

@@ -16,7 +16,7 @@ SIZES = [1, 0, 1023, 4097, 2048, 1_000_003, 0]
 
 
 def lists_of(sizes, param, grad, state, device):
-    """(params, grads, exp_avgs, exp_avg_sqs, steps, copies, amaxes); one gradient begins between boundaries."""
+    """The operator's lists; one gradient begins between the boundaries of wide accesses."""
     g = torch.Generator().manual_seed(5)
     normal = [[torch.randn(n, generator=g) for n in sizes] for _ in range(4)]
     grads = [t.to(grad).to(device) for t in normal[1]]

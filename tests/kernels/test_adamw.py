@@ -208,3 +208,14 @@ def test_on_hopper_accesses_are_wide_and_registers_few(dtypes, accesses):
     assert found["shared"] == 0  # no element changes hands
     assert found["registers"] <= 80  # three programs of 8 warps on a multiprocessor
     assert accesses <= set(found["accesses"])
+
+
+def test_the_operator_launches_the_kernel_where_triton_runs(launched, monkeypatch):
+    theirs, mine, direct = (tensors(SIZES, F32, BF16, F32) for _ in range(3))
+    step(theirs, torch.tensor(0.5), torch.tensor(0.0))
+    launched(direct, torch.tensor(0.5), torch.tensor(0.0))
+    monkeypatch.setattr("kernels.adamw.runs_triton", lambda device: True)
+    step(mine, torch.tensor(0.5), torch.tensor(0.0))
+    assert differing(mine, direct) == [0] * 7
+    assert differing(mine[:5], theirs[:5]) == [0] * 5
+    assert differing(mine[5:6], theirs[5:6]) != [0]  # the interpreter truncates: it was the kernel
