@@ -17,6 +17,7 @@ from trainer.build import DTYPES
 from trainer.calibration.linears import PLAIN, float8_linear, is_out_of_memory, plain_linear, time_linears
 from trainer.calibration.shapes import ModelLinears
 from trainer.calibration.timing import Times
+from trainer.text_table import aligned
 
 _FLOAT8 = "float8"
 
@@ -59,18 +60,7 @@ def time_shapes(
             yield Timed(linears, {}, False, linears.impossible)
             continue
         try:
-            modules = {
-                PLAIN: plain_linear(linears.shape, device, dtype),
-                _FLOAT8: float8_linear(linears.shape, device, dtype, float8),
-            }
-            times = time_linears(
-                modules,
-                linears.shape,
-                device,
-                dtype,
-                compiled=(_FLOAT8,) if compiled else (),
-                repetitions=repetitions,
-            )
+            times = _time(linears, float8, device, dtype, compiled=compiled, repetitions=repetitions)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -78,6 +68,24 @@ def time_shapes(
             continue
         timed = Timed(linears, times, False, "")
         yield replace(timed, convert=timed.speedup > minimum_speedup)
+
+
+def _time(
+    linears: ModelLinears,
+    config: Float8LinearConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    compiled: bool,
+    repetitions: int,
+) -> dict[str, Times]:
+    """Both forms of one linear. The plain one is not compiled: alone it is three GEMMs and nothing to fuse."""
+    modules = {
+        PLAIN: plain_linear(linears.shape, device, dtype),
+        _FLOAT8: float8_linear(linears.shape, device, dtype, config),
+    }
+    names = (_FLOAT8,) if compiled else ()
+    return time_linears(modules, linears.shape, device, dtype, compiled=names, repetitions=repetitions)
 
 
 def block_config(config: Any) -> Float8LinearConfig:
@@ -133,14 +141,7 @@ def render(timed: Sequence[Timed], plain_name: str) -> list[str]:
         else:
             verdict, times = f"keep ({row.remark})", ("", "", "", "")
         rows.append((*sizes, str(row.linears.count), *times, verdict, row.linears.fqn))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column >= 8 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    lines = list(aligned(rows, right=range(8), indent=""))
     measured = [row for row in timed if row.times]
     if measured:
         plain_ms = sum(row.milliseconds(float8=False) for row in measured)

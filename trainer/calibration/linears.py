@@ -97,15 +97,23 @@ def time_linears(
     repetitions: int = 30,
 ) -> dict[str, Times]:
     """Time variants of one linear in turns; those that `compiled` names go through the compiler."""
-    if compiled:
-        # Versions of one function that Dynamo keeps are limited, and shapes timed before need none.
-        torch._dynamo.reset()
+    forget_compiled()
     operands = make_operands(shape, device, dtype)
     works = {
         name: forward_and_backward(module, operands, compiled=name in compiled)
         for name, module in modules.items()
     }
     return time_in_turns(works, device, repetitions)
+
+
+def forget_compiled() -> None:
+    """Make room for the compiled forms of another shape.
+
+    Dynamo limits the versions of one function and runs what exceeds them uncompiled. All variants of a linear
+    are versions of the same functions, and those of former shapes are not needed any more.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
