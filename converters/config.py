@@ -78,7 +78,10 @@ class Float8SectionConfig:
             if not entry.strip():
                 yield "filter_fqns", "has an empty entry, which would match every linear"
         if self.calibration is not None and "auto_filter_small_kn" in self.filter_fqns:
-            yield "filter_fqns", "auto_filter_small_kn guesses what calibration measures; leave one of them out"
+            yield (
+                "filter_fqns",
+                "auto_filter_small_kn guesses what calibration measures; leave one of them out",
+            )
         if self.calibration is not None and self.emulate:
             yield "calibration", "is of float8 GEMMs, which emulate does without; leave one of them out"
 

@@ -1,12 +1,11 @@
-"""Forward + backward of one linear: bf16, Octavo's float8, and torchao's beside it where it is installed.
+"""Forward + backward of one linear: bf16, Octavo's float8, and torchao's where it is installed.
 
     python benchmarks/float8/bench_linear_float8.py -o OUT.txt --compile
-    python benchmarks/float8/bench_linear_float8.py -o OUT.txt --compile --shapes 8192,4096,1024 --recipes rowwise
-    python benchmarks/float8/bench_linear_float8.py -o OUT.txt --compile --also round_scales_to_power_of_2=true
+    ... --compile --shapes 8192,4096,1024 --recipes rowwise --also round_scales_to_power_of_2=false
 
-The weight is bf16, as FSDP gathers it. GPU time: medians of CUDA-event times, the L2 cache cold, the host not in
-them, variants in turns (trainer/calibration/timing.py says how). ``--set`` changes a field of Float8LinearConfig for
-all of Octavo's rows; ``--also`` adds a row with changed fields beside them.
+The weight is bf16, as FSDP gathers it. GPU time: medians of CUDA-event times, the L2 cache cold, the host
+not in them, variants in turns (trainer/calibration/timing.py says how). ``--set`` changes a field of
+Float8LinearConfig for all of Octavo's rows; ``--also`` adds a row with changed fields beside them.
 """
 
 from __future__ import annotations
@@ -82,7 +81,9 @@ def read_settings(text: str) -> dict[str, Any]:
         if not equals or not value:
             raise argparse.ArgumentTypeError(f"got {part!r}; expected field=value")
         if name not in names:
-            raise argparse.ArgumentTypeError(unknown("field of Float8LinearConfig", name, names, list_all=False))
+            raise argparse.ArgumentTypeError(
+                unknown("field of Float8LinearConfig", name, names, list_all=False)
+            )
         words: dict[str, Any] = {"true": True, "false": False}
         found[name] = words.get(value.lower(), int(value) if value.isdecimal() else value)
     return found

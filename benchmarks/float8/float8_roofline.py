@@ -1,16 +1,17 @@
 """Where float8 pays: modelled and, on a GPU, measured times of linears, forward + backward.
 
     python benchmarks/float8/float8_roofline.py OUT.csv --shape_gen_name sweep --device h100
-    python benchmarks/float8/float8_roofline.py OUT.csv --shape_gen_name custom --M 8192 --K 4096 --N 1024,4096,14336
-    python benchmarks/float8/float8_roofline.py OUT.csv --model llama3 --flavor 8B
+    ... OUT.csv --shape_gen_name custom --M 8192 --K 4096 --N 1024,4096
+    ... OUT.csv --model llama3 --flavor 8B
 
-writes OUT.csv, OUT.md and OUT.png: a row a shape; grids of speedups (K down, N across, one for each M) or bars; and for
-a model the roll-up that says which linears to convert.
+writes OUT.csv, OUT.md and OUT.png: a row a shape; grids of speedups (K down, N across, one for each M) or
+bars; and for a model the roll-up that says which linears to convert.
 
-The model is converters/float8/cost.py: three GEMMs bound by arithmetic or memory, plus the bytes of the casts.
-Ceilings are those of the device table, or measured on the spot (``--ceilings measured``, and for a GPU that the table
-does not know). ``--gemm_time_strategy benchmarks`` takes GEMM times from this GPU and models the casts alone. On the
-modelled GPU itself, the whole linear is measured too, compiled, for at most ``--measure_seconds``.
+The model is converters/float8/cost.py: three GEMMs bound by arithmetic or memory, plus the casts' bytes.
+Ceilings are those of the device table, or measured on the spot (``--ceilings measured``, and for a GPU that
+the table does not know). ``--gemm_time_strategy benchmarks`` takes GEMM times from this GPU and models the
+casts alone. On the modelled GPU itself, the whole linear is measured too, compiled, for at most
+``--measure_seconds``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -27,62 +28,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from benchmarks.float8.hosts import ceilings_of, device_name, measured_device, named_row, present_row
-from benchmarks.float8.matmuls import BF16, ROWWISE, ROWWISE_FAST, TENSORWISE, TENSORWISE_FAST
-from benchmarks.float8.matmuls import matmul_seconds, measured_ceilings
-from benchmarks.float8.pictures import Grid, axes_of, bars, speedup_grids
+from benchmarks.float8.matmuls import (
+    BF16,
+    ROWWISE,
+    ROWWISE_FAST,
+    TENSORWISE,
+    TENSORWISE_FAST,
+    matmul_seconds,
+    measured_ceilings,
+)
+from benchmarks.float8.roofline_report import FLOAT8, Row, write_report
 from benchmarks.float8.sizes import generate, model_linears, read_sizes
-from benchmarks.float8.tables import Table, host_lines
 from converters.float8.config import Float8LinearConfig, Float8LinearRecipeName
 from converters.float8.cost import Ceilings, LinearCost, gemms, in_float8, linear_cost
-from trainer.calibration.linears import PLAIN, Shape, float8_linear, is_out_of_memory, plain_linear, time_linears
+from trainer.calibration.linears import (
+    PLAIN,
+    Shape,
+    float8_linear,
+    is_out_of_memory,
+    plain_linear,
+    time_linears,
+)
 from trainer.calibration.shapes import ModelLinears
-from trainer.calibration.timing import Times
 from trainer.config.errors import ConfigError
-
-HEADER = (
-    "M,K,N,recipe,gemm_time_strategy,fused,bf16_us,float8_gemm_us,cast_us,float8_us,speedup,"
-    "measured_bf16_us,measured_float8_us,measured_speedup,measured_spread_percent"
-).split(",")
-_FLOAT8 = "float8"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One shape."""
-
-    shape: Shape
-    cost: LinearCost
-    has_float8: bool
-    """Whether the device has float8 GEMMs at all."""
-    measured: dict[str, Times] | None = None
-
-    @property
-    def speedup(self) -> float | None:
-        """As measured where it was, else as modelled; None without float8 GEMMs."""
-        if self.measured is not None:
-            return self.measured_speedup
-        return self.cost.speedup if self.has_float8 else None
-
-    @property
-    def measured_speedup(self) -> float | None:
-        """None where it was not measured."""
-        if self.measured is None:
-            return None
-        return self.measured[PLAIN].median / self.measured[_FLOAT8].median
-
-    def cells(self, recipe: str, strategy: str, *, fused: bool) -> list[str]:
-        """The CSV's row: microseconds."""
-        cost = self.cost
-        float8 = [cost.float8_gemm_seconds, cost.cast_seconds, cost.float8_seconds]
-        shown = [f"{1e6 * seconds:.2f}" for seconds in float8] + [f"{cost.speedup:.4f}"]
-        cells = [*map(str, self.shape), recipe, strategy, str(fused).lower(), f"{1e6 * cost.bf16_gemm_seconds:.2f}"]
-        cells += shown if self.has_float8 else [""] * 4
-        if self.measured is None:
-            return [*cells, "", "", "", ""]
-        plain, converted = self.measured[PLAIN], self.measured[_FLOAT8]
-        spread = max(plain.spread_percent, converted.spread_percent)
-        cells += [f"{1e6 * plain.median:.2f}", f"{1e6 * converted.median:.2f}"]
-        return [*cells, f"{plain.median / converted.median:.4f}", f"{spread:.1f}"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,7 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("output", type=Path, metavar="OUT.csv")
-    add("--shape_gen_name", choices=("sweep", "pow2", "llama", "custom"), help="default: sweep, without --model")
+    add(
+        "--shape_gen_name",
+        choices=("sweep", "pow2", "llama", "custom"),
+        help="default: sweep, without --model",
+    )
     for size in "MKN":
         add(f"--{size}", type=read_sizes, metavar="INT[,INT...]")
     add("--model", help="a model whose linears are rolled up, for example llama3")
@@ -113,8 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     recipes = [recipe.value for recipe in Float8LinearRecipeName]
     add("--float8_recipe_name", choices=recipes, default="tensorwise")
     add("--gemm_time_strategy", choices=("roofline", "benchmarks"), default="roofline")
-    add("--enable_fusion_modeling", action="store_true", help="amaxes in the producers' kernels, both layouts in one pass")
-    add("--device", help="a row of the device table, for example h100, a100, b200 (default: this machine's GPU)")
+    fusion = "amaxes in the producers' kernels, both layouts in one pass"
+    add("--enable_fusion_modeling", action="store_true", help=fusion)
+    add(
+        "--device",
+        help="a row of the device table, for example h100, a100, b200 (default: this machine's GPU)",
+    )
     add("--ceilings", choices=("table", "measured"), help="default: table, where it knows the device")
     add("--no_measure", action="store_true", help="model only, also on a GPU")
     add("--measure_seconds", type=float, default=480.0, help="measure no further shape after this long")
@@ -133,12 +109,12 @@ def _run(options: argparse.Namespace) -> int:
     if not name and (options.M or options.K or options.N):
         raise ValueError("--M, --K and --N have no effect without --shape_gen_name custom or sweep")
     shapes = list(dict.fromkeys([*shapes, *(row.shape for row in linears)]))
-    device, ceilings, subject = _subject(options)
+    device, ceilings, subject = _subject(options, recipe)
     print(f"{subject}; {len(shapes)} shapes", file=sys.stderr, flush=True)
     rows = _model(shapes, recipe, ceilings, device, options)
     if device is not None and not options.no_measure and ceilings.float8_flops:
         rows = _measure(rows, recipe, device, options)
-    _write(rows, linears, recipe, subject, options)
+    write_report(rows, linears, recipe, subject, options)
     return 0
 
 
@@ -148,8 +124,10 @@ def _model_linears(options: argparse.Namespace) -> list[ModelLinears]:
     return model_linears(options.model, options.flavor, options.tokens, options.tensor_parallel)
 
 
-def _subject(options: argparse.Namespace) -> tuple[torch.device | None, Ceilings, str]:
-    """The device to measure on (None where the modelled one is not here), its ceilings, and words for them."""
+def _subject(
+    options: argparse.Namespace, recipe: Float8LinearRecipeName
+) -> tuple[torch.device | None, Ceilings, str]:
+    """The device to measure on (None where the modelled one is not here), its ceilings, and its name."""
     present = present_row()
     named = None if options.device is None else named_row(options.device)
     here = torch.cuda.is_available() and (named is None or named == present)
@@ -158,7 +136,9 @@ def _subject(options: argparse.Namespace) -> tuple[torch.device | None, Ceilings
     on_the_spot = options.ceilings == "measured" or options.gemm_time_strategy == "benchmarks"
     if on_the_spot and not here:
         what = "--ceilings measured" if options.ceilings == "measured" else "--gemm_time_strategy benchmarks"
-        raise ValueError(f"{what} needs the GPU in this machine" + (f", which is no {named.key}" if named else ""))
+        raise ValueError(
+            f"{what} needs the GPU in this machine" + (f", which is no {named.key}" if named else "")
+        )
     device = measured_device("cuda") if here else None
     row = named or present
     if device is not None and (row is None or row.gemm_bf16_tflops is None or options.ceilings == "measured"):
@@ -166,7 +146,11 @@ def _subject(options: argparse.Namespace) -> tuple[torch.device | None, Ceilings
     else:
         assert row is not None
         ceilings = ceilings_of(row)
-        source = f"ceilings of {row.key}: " + ("measured" if row.measured else "estimated from the data sheet")
+        if recipe is not Float8LinearRecipeName.TENSORWISE and not row.float8_rows:
+            ceilings = replace(ceilings, float8_flops=0.0)  # its float8 GEMMs take no scale per row
+        source = f"ceilings of {row.key}: " + (
+            "measured" if row.measured else "estimated from the data sheet"
+        )
     name = device_name(device) if device is not None else f"{row.key if row else ''} (modelled)"
     rates = f"bf16 {ceilings.bf16_flops / 1e12:,.0f}, float8 {ceilings.float8_flops / 1e12:,.0f} TFLOP/s"
     return device, ceilings, f"{name}, {source}: {rates}, memory {ceilings.bytes_per_second / 1e12:.2f} TB/s"
@@ -182,7 +166,7 @@ def _model(
     rows = []
     for shape in shapes:
         # A float8 rate of 0 stands for a device without float8 GEMMs.
-        known = ceilings if ceilings.float8_flops else Ceilings(ceilings.bf16_flops, 1.0, ceilings.bytes_per_second)
+        known = ceilings if ceilings.float8_flops else replace(ceilings, float8_flops=1.0)
         cost = linear_cost(recipe, *shape, known, fused=options.enable_fusion_modeling)
         if options.gemm_time_strategy == "benchmarks":
             assert device is not None
@@ -194,7 +178,7 @@ def _model(
 def _timed_gemms(
     shape: Shape, recipe: Float8LinearRecipeName, device: torch.device, cost: LinearCost, repetitions: int
 ) -> LinearCost:
-    """The same casts, with GEMM times of this GPU: fast accumulation in the output alone, as the recipes have it."""
+    """The same casts, with GEMM times of this GPU; fast accumulation in the output alone, as recipes do."""
     rowwise = recipe is not Float8LinearRecipeName.TENSORWISE
     slow, fast = (ROWWISE, ROWWISE_FAST) if rowwise else (TENSORWISE, TENSORWISE_FAST)
     plain = converted = 0.0
@@ -215,21 +199,23 @@ def _measure(
     began, found = time.monotonic(), list(rows)
     for number, row in enumerate(rows):
         if time.monotonic() - began > options.measure_seconds:
-            print(f"measured {number} of {len(rows)} shapes in {options.measure_seconds:.0f} s", file=sys.stderr)
+            print(
+                f"measured {number} of {len(rows)} shapes in {options.measure_seconds:.0f} s", file=sys.stderr
+            )
             break
         if row.shape.k % 16 or row.shape.n % 16:
             continue
         try:
             modules = {
                 PLAIN: plain_linear(row.shape, device, torch.bfloat16),
-                _FLOAT8: float8_linear(row.shape, device, torch.bfloat16, config),
+                FLOAT8: float8_linear(row.shape, device, torch.bfloat16, config),
             }
             times = time_linears(
                 modules,
                 row.shape,
                 device,
                 torch.bfloat16,
-                compiled=(_FLOAT8,),
+                compiled=(FLOAT8,),
                 repetitions=options.repetitions,
             )
         except RuntimeError as error:
@@ -240,109 +226,6 @@ def _measure(
         found[number] = Row(row.shape, row.cost, row.has_float8, times)
         print(f"measured {tuple(row.shape)}: {found[number].speedup:.2f}x", file=sys.stderr, flush=True)
     return found
-
-
-def _write(
-    rows: Sequence[Row],
-    linears: Sequence[ModelLinears],
-    recipe: Float8LinearRecipeName,
-    subject: str,
-    options: argparse.Namespace,
-) -> None:
-    fused = options.enable_fusion_modeling
-    table = Table(HEADER)
-    table.rows += [row.cells(recipe.value, options.gemm_time_strategy, fused=fused) for row in rows]
-    table.write_csv(options.output)
-    title = f"float8 {recipe.value} against bf16, one linear, forward + backward" + (", casts fused" if fused else "")
-    parts = [f"# {title}", "  \n".join(host_lines(subject))]
-    grids = _grids(rows)
-    if grids:
-        parts += [part for name, grid in grids for part in (f"## {name}", _grid_table(grid).markdown())]
-    else:
-        parts += ["## Speedups", _list_table(rows).markdown()]
-    if linears:
-        heading = f"## {options.model} {options.flavor} at {options.tokens} tokens"
-        parts += [heading, *_roll_up(linears, {row.shape: row for row in rows})]
-    text = "\n\n".join(parts) + "\n"
-    options.output.with_suffix(".md").write_text(text)
-    print(text, end="")
-    picture = options.output.with_suffix(".png")
-    if grids:
-        speedup_grids(title, grids, picture)
-    else:
-        bars(title, _series(rows), "speedup over bf16", picture, one=True)
-    print(f"wrote {options.output}, {options.output.with_suffix('.md').name}, {picture.name}", file=sys.stderr)
-
-
-def _grids(rows: Sequence[Row]) -> list[tuple[str, Grid]]:
-    """(name, (K, N) -> speedup) for each M, modelled and measured; none where the shapes form no grid."""
-    found: list[tuple[str, Grid]] = []
-    for m in sorted({row.shape.m for row in rows}):
-        here = [row for row in rows if row.shape.m == m]
-        modelled = {row.shape[1:]: row.cost.speedup for row in here if row.has_float8}
-        ks, ns = axes_of(modelled)
-        if len(ks) < 2 or len(ns) < 2 or len(modelled) < len(ks) * len(ns):
-            return []
-        found.append((f"M = {m}, modelled", modelled))
-        measured = {row.shape[1:]: row.measured_speedup for row in here if row.measured_speedup is not None}
-        if measured:
-            found.append((f"M = {m}, measured", measured))
-    return found
-
-
-def _grid_table(grid: Grid) -> Table:
-    ks, ns = axes_of(grid)
-    rows = [[str(k), *(f"{grid[k, n]:.2f}" if (k, n) in grid else "" for n in ns)] for k in ks]
-    return Table(["K \\ N", *map(str, ns)], list(rows))
-
-
-def _list_table(rows: Sequence[Row]) -> Table:
-    table = Table(("M", "K", "N", "bf16 us", "float8 us", "modelled", "measured bf16 us", "float8 us", "measured"))
-    for row in rows:
-        modelled = ("", "")
-        if row.has_float8:
-            modelled = (f"{1e6 * row.cost.float8_seconds:,.0f}", f"{row.cost.speedup:.2f}x")
-        measured = ("", "", "")
-        if row.measured is not None:
-            times = [f"{1e6 * row.measured[name].median:,.0f}" for name in (PLAIN, _FLOAT8)]
-            measured = (*times, f"{row.measured_speedup:.2f}x")
-        table.rows.append((*map(str, row.shape), f"{1e6 * row.cost.bf16_gemm_seconds:,.0f}", *modelled, *measured))
-    return table
-
-
-def _series(rows: Sequence[Row]) -> dict[str, list[tuple[str, float]]]:
-    found: dict[str, list[tuple[str, float]]] = {}
-    for row in rows:
-        name = " x ".join(map(str, row.shape))
-        if row.has_float8:
-            found.setdefault("modelled", []).append((name, row.cost.speedup))
-        if row.measured_speedup is not None:
-            found.setdefault("measured", []).append((name, row.measured_speedup))
-    return found or {"modelled": []}
-
-
-def _roll_up(linears: Sequence[ModelLinears], rows: dict[Shape, Row]) -> list[str]:
-    """The table of a model's linears, and what converting those that gain comes to for one micro-batch."""
-    table = Table(("linears", "count", "M", "K", "N", "bf16 ms", "float8 ms", "speedup", "verdict"), right=range(1, 8))
-    plain_total = best_total = 0.0
-    for group in linears:
-        row = rows[group.shape]
-        plain, float8 = row.cost.bf16_gemm_seconds, row.cost.float8_seconds
-        if row.measured is not None:
-            plain, float8 = row.measured[PLAIN].median, row.measured[_FLOAT8].median
-        possible = not group.impossible and row.speedup is not None
-        converts = possible and float8 < plain
-        plain_total += group.count * plain
-        best_total += group.count * (float8 if converts else plain)
-        verdict = "convert" if converts else "keep" + (f" ({group.impossible})" if group.impossible else "")
-        shown = (f"{1e3 * group.count * float8:.1f}", f"{plain / float8:.2f}x") if possible else ("", "")
-        cells = [group.fqn, str(group.count), *map(str, group.shape), f"{1e3 * group.count * plain:.1f}"]
-        table.rows.append([*cells, *shown, verdict])
-    total = (
-        f"All linears, forward + backward of one micro-batch: bf16 {1e3 * plain_total:.1f} ms, with the converted ones in "
-        f"float8 {1e3 * best_total:.1f} ms: {plain_total / best_total:.2f}x."
-    )
-    return [table.markdown(), total]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ def measured_device(kind: str) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError("this machine has no GPU that torch can use; --device cpu runs on the CPU, for debugging")
+        raise ValueError(
+            "this machine has no GPU that torch can use; --device cpu runs on the CPU, for debugging"
+        )
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     return device
@@ -42,7 +44,9 @@ def named_row(key: str) -> Device:
     """
     rows = {device.key: device for device in DEVICES if device.gemm_bf16_tflops is not None}
     if key not in rows:
-        raise ValueError(f"--device: {unknown('device', key, rows, list_all=False)} (known: {', '.join(rows)})")
+        raise ValueError(
+            f"--device: {unknown('device', key, rows, list_all=False)} (known: {', '.join(rows)})"
+        )
     return rows[key]
 
 

@@ -1,7 +1,7 @@
 """Single GEMMs as `torch.mm` and `torch._scaled_mm` run them, and ceilings measured with them.
 
-A is (M, K) row-major, B (K, N) column-major, that is, both contiguous along the contraction, as float8 tensor cores
-want them; bf16 GEMMs take the same layout. The result is bf16.
+A is (M, K) row-major, B (K, N) column-major, that is, both contiguous along the contraction, as float8 tensor
+cores want them; bf16 GEMMs take the same layout. The result is bf16.
 """
 
 from __future__ import annotations
@@ -44,18 +44,15 @@ KINDS = (BF16, TENSORWISE, TENSORWISE_FAST, ROWWISE, ROWWISE_FAST)
 
 def matmul(kind: Kind, m: int, k: int, n: int, device: torch.device) -> Work:
     """A function that runs the GEMM (M, K) @ (K, N) once, on random operands."""
-    a = torch.randn(m, k, device=device, dtype=torch.bfloat16)
-    b = torch.randn(n, k, device=device, dtype=torch.bfloat16)
+    dtype = float8_dtypes().e4m3 if kind.float8 else torch.bfloat16
+    a, b = (torch.randn(rows, k, device=device, dtype=torch.bfloat16).to(dtype) for rows in (m, n))
     if not kind.float8:
         return lambda: torch.mm(a, b.t())
-    e4m3 = float8_dtypes().e4m3
-    a8, b8 = a.to(e4m3), b.to(e4m3)
-    del a, b
     scale_a = torch.ones((m, 1) if kind.rowwise else (), device=device)
     scale_b = torch.ones((1, n) if kind.rowwise else (), device=device)
     return lambda: torch._scaled_mm(
-        a8,
-        b8.t(),
+        a,
+        b.t(),
         scale_a=scale_a,
         scale_b=scale_b,
         out_dtype=torch.bfloat16,
@@ -69,18 +66,23 @@ def matmul_seconds(kind: Kind, m: int, k: int, n: int, device: torch.device, rep
 
 
 def measured_ceilings(device: torch.device, size: int = 8192, repetitions: int = 30) -> Ceilings:
-    """What this device reaches: a large copy, and square GEMMs of one linear (fast accumulation in the first)."""
-    # 1 GiB from and to memory, or as much as the GEMMs have where they are small.
-    source = torch.zeros(min(1 << 30, 4 * size * size), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = time_in_turns({"": lambda: target.copy_(source)}, device, repetitions)[""].median
-    moved = 2 * source.numel()
-    del source, target
+    """What this device reaches: a copy of 1 GiB, and square GEMMs.
+
+    The float8 rate is that of a linear's three GEMMs with fast accumulation in the first alone.
+    """
 
     def rate(*kinds: Kind) -> float:
         seconds = [matmul_seconds(kind, size, size, size, device, repetitions) for kind in kinds]
         return len(kinds) * 2.0 * size**3 / sum(seconds)
 
-    float8 = (TENSORWISE_FAST, TENSORWISE, TENSORWISE)
     has_float8 = TENSORWISE.missing(device) is None
-    return Ceilings(rate(BF16), rate(*float8) if has_float8 else 0.0, moved / copy)
+    float8 = rate(TENSORWISE_FAST, TENSORWISE, TENSORWISE) if has_float8 else 0.0
+    return Ceilings(rate(BF16), float8, _copy_rate(min(1 << 30, 4 * size * size), device, repetitions))
+
+
+def _copy_rate(size: int, device: torch.device, repetitions: int) -> float:
+    """Bytes read and written a second."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = time_in_turns({"": lambda: target.copy_(source)}, device, repetitions)[""].median
+    return 2 * size / seconds

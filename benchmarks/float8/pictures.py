@@ -1,12 +1,22 @@
-"""Speedups and throughputs as pictures. Above 1 is blue, below orange: told apart by people who see few colours."""
+"""Speedups and throughputs as pictures.
+
+Above 1 is blue, below orange: told apart also by people who see few colours (Okabe and Ito 2008).
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#999999", "#333333"
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is here; where it is not, tables are written without their picture."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def speedup_grids(title: str, grids: Sequence[tuple[str, Grid]], path: Path) -> None:
@@ -25,7 +35,8 @@ def speedup_grids(title: str, grids: Sequence[tuple[str, Grid]], path: Path) -> 
         axis.imshow(values, cmap=colors, norm=norm, aspect="auto")
         for row, line in enumerate(values):
             for column, value in enumerate(line):
-                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9, color=INK)
+                shown = "" if isnan(value) else f"{value:.2f}"
+                axis.text(column, row, shown, ha="center", va="center", fontsize=9, color=INK)
         axis.set_xticks(range(len(ns)), [str(n) for n in ns])
         axis.set_yticks(range(len(ks)), [str(k) for k in ks])
         axis.set_title(name, loc="left", fontsize=11, color=INK)

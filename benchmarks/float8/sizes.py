@@ -54,8 +54,8 @@ def generate(name: str, m: list[int] | None, k: list[int] | None, n: list[int] |
     """The shapes of a generator.
 
     Args:
-        name: ``sweep``: all combinations of powers of two; ``pow2``: M = K = N; ``llama``: the linears of Llama 3 8B
-            and 70B; ``custom``: all combinations of `m`, `k` and `n`.
+        name: ``sweep``: all combinations of powers of two; ``pow2``: M = K = N; ``llama``: the linears of
+            Llama 3 8B and 70B; ``custom``: all combinations of `m`, `k` and `n`.
         m: Values of M: needed for ``custom``, in place of the generator's own for ``sweep`` and ``llama``.
         k: The same of K, not for ``llama``.
         n: The same of N, not for ``llama``.

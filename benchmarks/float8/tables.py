@@ -36,7 +36,9 @@ class Table:
     def markdown(self) -> str:
         """As GitHub reads it."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        return "\n".join(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+        )
 
     def write_csv(self, path: Path) -> None:
         """Header and rows, its folder included."""

@@ -90,7 +90,9 @@ def read_calibration(path: str | Path) -> Calibration:
     try:
         found = json.loads(Path(path).read_text())
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}; octavo calibrate makes it") from None
+        raise ValueError(
+            f"cannot read {path}: {error.strerror or error}; octavo calibrate makes it"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:

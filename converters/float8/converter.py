@@ -104,7 +104,9 @@ class Float8Converter(Converter):
                 "float8 without compile.enable runs each cast as several kernels and is slower than bf16; "
                 "set compile.enable = true"
             )
-        self.calibration = None if section.calibration is None else self._calibration(section.calibration, index)
+        self.calibration = (
+            None if section.calibration is None else self._calibration(section.calibration, index)
+        )
 
     def _calibration(self, path: str, index: int | None) -> Calibration:
         """The calibration of that file, where it applies to this run."""

@@ -1,22 +1,24 @@
 """What one linear costs in bf16 and in float8, forward + backward: a roofline model.
 
-X = M K, W = N K, Y = M N elements. R are ceilings of GEMMs in FLOP/s, B of memory traffic in bytes/s.
+X = M K, W = N K, Y = M N elements. A GEMM (P, Q) @ (Q, R) with b bytes an operand's element (bf16 2,
+float8 1) and a 2-byte result is bound by arithmetic or by memory; B is memory traffic in bytes/s:
 
-    t_gemm   = max(2 P Q R / rate, (b (P Q + Q R) + 2 P R) / B)     b bytes an operand's element: bf16 2, float8 1
+    t_gemm   = max(2 P Q R / rate, (b (P Q + Q R) + 2 P R) / B)
     t_bf16   = t_gemm of output (M, K, N), grad_input (M, N, K) and grad_weight (N, M, K)
     t_float8 = the same with float8 operands + cast bytes / B
     cast bytes = x X + w W + y Y
 
-so the three GEMMs move 6 (X + W + Y) bytes in bf16 and 4 (X + W + Y) in float8. (x, w, y) is what the casts read
-and write: what a compiler makes of them (an amax and a cast per GEMM, transposed ones apart), or ``fused``: the
-amax is taken where the tensor is made and one pass writes both layouts, 2 + 1 + 1 bytes.
+so the three GEMMs move 6 (X + W + Y) bytes in bf16 and 4 (X + W + Y) in float8. (x, w, y) is what the casts
+read and write: what a compiler makes of them (an amax and a cast per GEMM, transposed ones apart), or
+``fused``: the amax is taken where the tensor is made and one pass writes both layouts, 2 + 1 + 1 bytes;
+weights have no producer.
 
     compiled   tensorwise 10 8 6    rowwise 12 12 8    rowwise_with_gw_hp  5 12 5
-    fused      tensorwise  4 8 4    rowwise  4 12 4    rowwise_with_gw_hp  3 12 3     (weights have no producer)
+    fused      tensorwise  4 8 4    rowwise  4 12 4    rowwise_with_gw_hp  3 12 3
 
 The model knows no launches and no badly coalesced stores, so it is kind to small layers and to transposed
-casts. A run's report uses it to name the converted layers that lose even so, with an H100's ceilings; other GPUs
-have about the same ratio of float8 FLOP/s to bytes/s. The benchmarks use it with any device's.
+casts. A run's report uses it to name the converted layers that lose even so, with an H100's ceilings; other
+GPUs have about the same ratio of float8 FLOP/s to bytes/s. The benchmarks use it with any device's.
 """
 
 from __future__ import annotations

@@ -112,9 +112,9 @@ class LinearFilter:
         lacking: dict[Sizes, str] = {}
         for fqn, linear in linears:
             k, n = linear.in_features, linear.out_features
-            if type(linear) is nn.Linear and self.reason(linear, fqn) is None:
-                if self.timing(fqn, k, n) is None:
-                    lacking.setdefault(self.local_sizes(fqn, k, n), fqn)
+            wanted = type(linear) is nn.Linear and self.reason(linear, fqn) is None
+            if wanted and self.timing(fqn, k, n) is None:
+                lacking.setdefault(self.local_sizes(fqn, k, n), fqn)
         if lacking:
             shown = ", ".join(f"{sizes} of {fqn}" for sizes, fqn in list(lacking.items())[:4])
             more = f" and {len(lacking) - 4} more" if len(lacking) > 4 else ""

@@ -79,7 +79,10 @@ def _time(
     compiled: bool,
     repetitions: int,
 ) -> dict[str, Times]:
-    """Both forms of one linear. The plain one is not compiled: alone it is three GEMMs and nothing to fuse."""
+    """Both forms of one linear.
+
+    The plain one is not compiled: alone it is three GEMMs and nothing to fuse.
+    """
     modules = {
         PLAIN: plain_linear(linears.shape, device, dtype),
         _FLOAT8: float8_linear(linears.shape, device, dtype, config),
@@ -137,7 +140,12 @@ def render(timed: Sequence[Timed], plain_name: str) -> list[str]:
             plain, float8 = row.times[PLAIN], row.times[_FLOAT8]
             spread = f"{max(plain.spread_percent, float8.spread_percent):.0f} %"
             verdict = "convert" if row.convert else "keep"
-            times = (f"{1e6 * plain.median:,.0f}", f"{1e6 * float8.median:,.0f}", f"{row.speedup:.2f}x", spread)
+            times = (
+                f"{1e6 * plain.median:,.0f}",
+                f"{1e6 * float8.median:,.0f}",
+                f"{row.speedup:.2f}x",
+                spread,
+            )
         else:
             verdict, times = f"keep ({row.remark})", ("", "", "", "")
         rows.append((*sizes, str(row.linears.count), *times, verdict, row.linears.fqn))

@@ -1,9 +1,9 @@
 """Forward + backward of one linear, plain and float8, with operands as a step has them.
 
-X (M, K) and dY (M, N) are normal random numbers and W (N, K) is as `nn.Linear` initialises it, all in the compute
-dtype: a GEMM of zeros draws less power and runs faster than one of numbers. Both gradients are computed and
-none is accumulated. The linear stands alone: what a block saves by sharing a cast (wq, wk and wv read one
-input) or by taking an amax in the kernel before is not in its time.
+X (M, K) and dY (M, N) are normal random numbers and W (N, K) is as `nn.Linear` initialises it, all in the
+compute dtype: a GEMM of zeros draws less power and runs faster than one of numbers. Both gradients are
+computed and none is accumulated. The linear stands alone: what a block saves by sharing a cast (wq, wk and wv
+read one input) or by taking an amax in the kernel before is not in its time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The distinct linear shapes of a configured model, as one device computes them.
 
-The model is built on ``meta`` and converted, as `octavo plan` does, but with every filter off: the report's rows
-are then all linears by shape. M is the positions of a micro-batch; tensor parallelism cuts K or N.
+The model is built on ``meta`` and converted, as `octavo plan` does, but with every filter off: the report's
+rows are then all linears by shape. M is the positions of a micro-batch; tensor parallelism cuts K or N.
 """
 
 from __future__ import annotations

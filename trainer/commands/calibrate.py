@@ -17,9 +17,9 @@ USAGE = """\
 usage: octavo calibrate [--world-size N] [--out FILE] [--section.key VALUE ...]
        (environment: CONFIG_FILE, NGPU, NNODES)
 
-Times each distinct linear of the configured model on this machine's GPU, forward + backward, plain and in float8
-with the configured recipe, and says which to convert. Takes the flags that training takes; a run then uses the
-result by quantize.linear.float8.calibration.
+Times each distinct linear of the configured model on this machine's GPU, forward + backward, plain and in
+float8 with the configured recipe, and says which to convert. Takes the flags that training takes; a run then
+uses the result by quantize.linear.float8.calibration.
 
   --world-size N         processes of the run (default: NGPU x NNODES, else 1)
   --out FILE             write the result as JSON
@@ -96,7 +96,9 @@ def _calibrate(loaded: Loaded, words: CommandWords) -> int:
     problems = [*words.problems, *checks.problems(loaded, world_size), *checks.unavailable(loaded)]
     kind = words.options.get("--device", "cuda")
     if kind == "cuda" and not torch.cuda.is_available():
-        problems.append(Problem("", "this machine has a GPU that torch cannot use: see its driver and torch's build"))
+        problems.append(
+            Problem("", "this machine has a GPU that torch cannot use: see its driver and torch's build")
+        )
     if problems:
         words.problems.clear()
         raise ConfigError(problems)
@@ -109,15 +111,13 @@ def _calibrate(loaded: Loaded, words: CommandWords) -> int:
     print(_title(config, name, compiled=compiled))
     timed = []
     options: dict[str, Any] = {"compiled": compiled, "minimum_speedup": _minimum_speedup(words)}
-    for row in time_shapes(
-        found, config, device, **options, repetitions=words.count("--repetitions", 30)
-    ):
+    for row in time_shapes(found, config, device, **options, repetitions=words.count("--repetitions", 30)):
         timed.append(row)
         sizes = ", ".join(map(str, row.linears.shape))
         print(f"timed {len(timed)} of {len(found)} shapes: ({sizes})", file=sys.stderr)
     print("\n".join(render(timed, _short(config.training.mixed_precision_param))))
     if kind == "cuda" and not config.compile.enable:
-        print("note: timed compiled; this configuration has compile.enable off, and float8 is then slower than bf16")
+        print("note: timed compiled; with compile.enable off, as configured, float8 is slower than bf16")
     if "--out" in words.options:
         path = Path(words.options["--out"])
         to_calibration(timed, config, name, compiled=compiled).write(path)

@@ -28,10 +28,8 @@ class CommandWords:
         return int(text)
 
 
-def read_words(
-    argv: Sequence[str], options: Collection[str], switches: Collection[str] = ()
-) -> CommandWords:
-    """Sort `argv`: ``--option VALUE`` or ``--option=VALUE`` (``-`` and ``_`` alike), ``--switch``, the rest."""
+def read_words(argv: Sequence[str], options: Collection[str], switches: Collection[str] = ()) -> CommandWords:
+    """Sort `argv`: options (``--name VALUE``, ``--name=VALUE``; ``-`` is as ``_``), switches, the rest."""
     words, left = CommandWords(), list(argv)
     while left:
         word = left.pop(0)
