@@ -133,7 +133,7 @@ def to_calibration(timed: Sequence[Timed], config: Any, device_name: str, *, com
 def render(timed: Sequence[Timed], plain_name: str) -> list[str]:
     """The table, one line a shape, and what it comes to for one micro-batch."""
     header = ("M", "K", "N", "count", f"{plain_name} us", "float8 us", "speedup", "spread", "", "linears")
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for row in timed:
         sizes = tuple(str(size) for size in row.linears.shape)
         if row.times:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LAYERS_VARIABLE = "PEER_N_LAYERS"
 FLAVOR_VARIABLE = "PEER_FLAVOR"
+_ROOT = Path(__file__).resolve().parents[3]
 
 _STEP = re.compile(
     r"step:\s*(?P<step>\d+)\s+loss:\s*(?P<loss>\S+)\s.*?memory:\s*(?P<gib>[\d.]+)GiB.*?tps:\s*(?P<tps>[\d,]+)"
@@ -36,12 +37,14 @@ def command(settings: Settings, toml: Path) -> list[str]:
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """What the process needs beside this one's variables."""
+    """What the process needs beside this one's variables; Octavo's packages are not on its path."""
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     layers = {LAYERS_VARIABLE: str(settings.n_layers)} if settings.n_layers else {}
     return {
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path and Path(path).resolve() != _ROOT),
         FLAVOR_VARIABLE: settings.flavor,
         **layers,
     }
@@ -129,6 +132,10 @@ def read_log(text: str) -> list[dict[str, float]]:
 
 
 def _main() -> None:
+    # A script's own folder is on its path, and torchtitan's imports must not find Octavo's modules there.
+    sys.path[:] = [
+        path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent
+    ]
     import dataclasses
 
     from torchtitan.models.llama3 import llama3_args

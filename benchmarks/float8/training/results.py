@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.float8.pictures import bars, can_draw
 from benchmarks.float8.tables import Table, host_lines
-from benchmarks.float8.training.settings import BASELINE, RECIPE, VARIANTS, Settings
+from benchmarks.float8.training.settings import BASELINE, VARIANTS, Settings
 from trainer.launch import visible_gpus
 
 OCTAVO, PEER = "Octavo", "torchtitan + torchao"
@@ -114,7 +115,8 @@ def write_results(settings: Settings, results: Sequence[Result]) -> None:
 
 def _markdown(settings: Settings, results: Sequence[Result], gpu: str) -> str:
     head = host_lines(f"{settings.ngpu} x {gpu}")
-    head[-1] = f"command: {RECIPE}={settings.recipe} ./benchmarks/float8/training/llama3.sh"
+    given = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings.given.items())
+    head[-1] = f"command: {given} ./benchmarks/float8/training/llama3.sh"
     sizes = (
         f"sequences of {settings.seq_len} tokens, local batch {settings.local_batch_size}, "
         f"micro-batches a step: {settings.accumulation}, AC {settings.ac}; {settings.steps} steps, of which "
@@ -145,11 +147,9 @@ def _gpu_name() -> str:
     if visible_gpus(os.environ) == 0:
         return "cpu"
     # Asked of the driver: this process must not hold a GPU that the runs need.
-    done = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        lines = []
     return lines[0].strip() if lines else "GPU (name unknown)"

@@ -24,6 +24,10 @@ _GATHER = (
     f"{_FLOAT8}.precompute_float8_dynamic_scale_for_fsdp",
 )
 BASELINE = "bf16"
+_NAMES = (
+    *("NGPU", "FLAVOR", "N_LAYERS", "SEQ_LEN", "LOCAL_BATCH_SIZE", "ACCUMULATION", "STEPS", "WARMUP_STEPS"),
+    *("AC", "VARIANTS", "EXTRA_ARGS", "PEER", "PEER_EXTRA_ARGS", "TIMEOUT"),
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ class Settings:
     """Of one variant."""
     out: Path
     dry_run: bool
+    given: Mapping[str, str]
+    """The variables that were set, and the recipe."""
 
     @property
     def model(self) -> str:
@@ -181,6 +187,7 @@ def read_settings(env: Mapping[str, str], root: Path) -> Settings:
         timeout_seconds=number("TIMEOUT", None) or None,
         out=Path(env.get("OUT") or root / "outputs" / "benchmarks" / f"llama3_{flavor}").resolve(),
         dry_run=choice("DRY_RUN", "0", ("0", "1")) == "1",
+        given={RECIPE: recipe, **{name: env[name] for name in _NAMES if env.get(name)}},
     )
     if settings.peer_extra_args and not peer:
         wrong.append("PEER_EXTRA_ARGS: has no effect without PEER=1")
