@@ -149,7 +149,7 @@ def _list_table(rows: Sequence[Row]) -> Table:
         modelled = ("", "")
         if row.has_float8:
             modelled = (f"{1e6 * row.cost.float8_seconds:,.0f}", f"{row.cost.speedup:.2f}x")
-        measured = ("", "", "")
+        measured: tuple[str, ...] = ("", "", "")
         if row.measured is not None:
             times = [f"{1e6 * row.measured[name].median:,.0f}" for name in (PLAIN, FLOAT8)]
             measured = (*times, f"{row.measured_speedup:.2f}x")

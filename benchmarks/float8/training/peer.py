@@ -65,7 +65,7 @@ def toml(settings: Settings, variant: str, data: Path, tokenizer: Path, dump_fol
     }
     if float8:
         model["converters"] = ["quantize.linear.float8"]
-    training = {
+    training: dict[str, object] = {
         "local_batch_size": settings.local_batch_size,
         "seq_len": settings.seq_len,
         "max_norm": 1.0,
@@ -75,10 +75,10 @@ def toml(settings: Settings, variant: str, data: Path, tokenizer: Path, dump_fol
     }
     if settings.accumulation > 1:
         training["global_batch_size"] = settings.global_batch_size
-    checkpointing = {"mode": "selective", "selective_ac_option": "op"}
+    checkpointing: dict[str, object] = {"mode": "selective", "selective_ac_option": "op"}
     if settings.ac != "op":
         checkpointing = {"mode": settings.ac}
-    sections = {
+    sections: dict[str, dict[str, object]] = {
         "job": {"dump_folder": str(dump_folder)},
         "metrics": {"log_freq": settings.log_freq, "disable_color_printing": True},
         "model": model,
