@@ -201,6 +201,7 @@ def test_a_run_and_what_fails_beside_it(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1900)
 def test_compiled_variants_on_a_cpu(tmp_path):
     done = run(tmp_path, 1800, **SMALL, VARIANTS="bf16 tensorwise rowwise")
     assert done.returncode == 0, done.stdout + done.stderr
