@@ -41,6 +41,8 @@ class ConverterContext:
     tp_degree: int = 1
     dp_shard_degree: int = 1
     compile_model: bool = False
+    dry_run: bool = False
+    """Shapes without values on a CPU, in place of the run's device."""
     layer_group: Any = None
     """Process group of the ranks that hold the same layers; all ranks when unset (no pipeline)."""
     stage_group: Any = None

@@ -28,6 +28,8 @@ class Float8SectionConfig:
     """Substrings of FQNs of linears to keep; `auto_filter_small_kn` adds all that are too small to gain."""
     emulate: bool = False
     """Float8 numerics from dequantised operands and fp32 products, for devices without float8 GEMMs: slow."""
+    calibration: str | None = None
+    """File of `octavo calibrate`: convert the linears whose shape it measured to gain, keep the others."""
     log_stats_freq: int = field(default=0, metadata={"min": 0})
     """Log amax, saturated and flushed share and SQNR of every float8 layer each this many steps; 0 is off."""
     scaling_type_input: ScalingTypeName = "dynamic"
@@ -75,6 +77,13 @@ class Float8SectionConfig:
         for entry in self.filter_fqns:
             if not entry.strip():
                 yield "filter_fqns", "has an empty entry, which would match every linear"
+        if self.calibration is not None and "auto_filter_small_kn" in self.filter_fqns:
+            yield (
+                "filter_fqns",
+                "auto_filter_small_kn guesses what calibration measures; leave one of them out",
+            )
+        if self.calibration is not None and self.emulate:
+            yield "calibration", "is of float8 GEMMs, which emulate does without; leave one of them out"
 
     def _scaling_problems(self, tensor: str, rowwise: bool) -> Iterator[tuple[str, str]]:
         kind = getattr(self, f"scaling_type_{tensor}")

@@ -213,6 +213,7 @@ def convert_model(
         tp_degree=mesh.degrees["tp"],
         dp_shard_degree=mesh.degrees["dp_shard"] * mesh.degrees["cp"],
         compile_model=config.compile.enable and "model" in config.compile.components,
+        dry_run=config.comm.mode == "fake_backend",
         roles=MODELS[config.model.name].roles,
         layer_group=mesh.layer_group,
         stage_group=mesh.stage_group,

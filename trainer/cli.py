@@ -26,6 +26,9 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "calibrate": Command(
+        "trainer.commands.calibrate", "time the model's linears on this GPU: which gain from float8"
+    ),
     "checkpoint": Command("trainer.commands.checkpoint", "list, verify, show and prune checkpoints"),
     "config": Command(
         "trainer.commands.config", "show the merged configuration and where each value comes from"

@@ -36,11 +36,12 @@ def decide(
     """One decision for each linear of `module`, in the order of `named_modules`; changes nothing.
 
     Raises:
-        ValueError: the filter has an entry that matches no linear.
+        ValueError: the filter has an entry that matches no linear, or a calibration that lacks a shape.
     """
     linears = [(fqn, child) for fqn, child in module.named_modules() if isinstance(child, nn.Linear)]
     if isinstance(module_filter_fn, LinearFilter):
         module_filter_fn.check(fqn for fqn, _ in linears)
+        module_filter_fn.check_timed(linears)
     return [Decision(fqn, child, _reason(child, fqn, module_filter_fn, config)) for fqn, child in linears]
 
 

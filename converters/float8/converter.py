@@ -18,6 +18,7 @@ from torch import nn
 from converters.base import ConversionReport, ConversionRow, Converter, ConverterContext
 from converters.config import Float8SectionConfig
 from converters.float8 import cost, stats
+from converters.float8.calibration import Calibration, read_calibration, speed_settings
 from converters.float8.config import (
     CastConfig,
     DelayedScalingConfig,
@@ -103,15 +104,39 @@ class Float8Converter(Converter):
                 "float8 without compile.enable runs each cast as several kernels and is slower than bf16; "
                 "set compile.enable = true"
             )
+        self.calibration = (
+            None if section.calibration is None else self._calibration(section.calibration, index)
+        )
+
+    def _calibration(self, path: str, index: int | None) -> Calibration:
+        """The calibration of that file, where it applies to this run."""
+        calibration, device = read_calibration(path), None
+        if not self.context.dry_run:
+            here = None if index is None else torch.cuda.get_device_name(index)
+            # Without the GPU that a plan is made for, its name is not known.
+            device = here if self.context.device_type == "cuda" else self.context.device_type
+        try:
+            calibration.check(self.recipe.value, device)
+        except ValueError as error:
+            raise ValueError(f"calibration: {path} {error}") from None
+        mine = {"compiled": self.context.compile_model, **speed_settings(self.section)}
+        its = {"compiled": calibration.compiled, **calibration.settings}
+        if mine != its and device is not None:
+            logger.warning("calibration: %s was made with %s, this run has %s", path, its, mine)
+        return calibration
 
     def convert(self, model: nn.Module) -> ConversionReport:
         """Swap the linears of `model` and report each decision.
 
         Raises:
-            ValueError: an entry of `filter_fqns` matches no linear.
+            ValueError: an entry of `filter_fqns` matches no linear, or the calibration lacks a shape.
         """
         chosen = auto_filter_for_recipe(
-            self.recipe, self.section.filter_fqns, pad_inner_dim=self.section.pad_inner_dim
+            self.recipe,
+            self.section.filter_fqns,
+            pad_inner_dim=self.section.pad_inner_dim,
+            calibration=self.calibration,
+            local_sizes=self._local_mkn,
         )
         decisions = decide(model, chosen, self.config)
         report = ConversionReport(self.name, self._rows(decisions))
@@ -158,6 +183,9 @@ class Float8Converter(Converter):
     def _remark(self, local: tuple[int, int, int]) -> str:
         if self.config.emulate:
             return "emulated"
+        timing = None if self.calibration is None else self.calibration.find(local)
+        if timing is not None:
+            return f"calibration: {timing.speedup:.2f}x of bf16's speed"
         if self.context.device_type == "cpu" and self.config.axiswise and not CPU_HAS_ROW_SCALES:
             return "emulated: this torch has no row-scaled float8 GEMM on a CPU"
         if self.context.device_type != "cuda":

@@ -1,12 +1,24 @@
-"""Where float8 is expected to lose: a roofline estimate of one linear, forward + backward.
+"""What one linear costs in bf16 and in float8, forward + backward: a roofline model.
 
-    t_bf16   = 6 M K N / R_bf16
-    t_float8 = 6 M K N / R_float8 + cast bytes / B
-    cast bytes = a M K + b N K + c M N     (a, b, c: what the casts read and write per element)
+X = M K, W = N K, Y = M N elements. A GEMM (P, Q) @ (Q, R) with b bytes an operand's element (bf16 2,
+float8 1) and a 2-byte result is bound by arithmetic or by memory; B is memory traffic in bytes/s:
 
-Rates are an H100's as measured, not its data sheet's; other GPUs have about the same ratio of
-float8 FLOP/s to bytes/s. The estimate knows no launch overhead and assumes compiled casts, so it is kind to
-small layers; it names only those that lose even so.
+    t_gemm   = max(2 P Q R / rate, (b (P Q + Q R) + 2 P R) / B)
+    t_bf16   = t_gemm of output (M, K, N), grad_input (M, N, K) and grad_weight (N, M, K)
+    t_float8 = the same with float8 operands + cast bytes / B
+    cast bytes = x X + w W + y Y
+
+so the three GEMMs move 6 (X + W + Y) bytes in bf16 and 4 (X + W + Y) in float8. (x, w, y) is what the casts
+read and write: what a compiler makes of them (an amax and a cast per GEMM, transposed ones apart), or
+``fused``: the amax is taken where the tensor is made and one pass writes both layouts, 2 + 1 + 1 bytes;
+weights have no producer.
+
+    compiled   tensorwise 10 8 6    rowwise 12 12 8    rowwise_with_gw_hp  5 12 5
+    fused      tensorwise  4 8 4    rowwise  4 12 4    rowwise_with_gw_hp  3 12 3
+
+The model knows no launches and no badly coalesced stores, so it is kind to small layers and to transposed
+casts. A run's report uses it to name the converted layers that lose even so, with an H100's ceilings; other
+GPUs have about the same ratio of float8 FLOP/s to bytes/s. The benchmarks use it with any device's.
 """
 
 from __future__ import annotations
@@ -14,6 +26,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from converters.float8.config import Float8LinearRecipeName
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device reaches, not what its data sheet says."""
+
+    bf16_flops: float
+    float8_flops: float
+    bytes_per_second: float
+    """Of memory traffic, read and write together."""
 
 
 @dataclass(frozen=True)
@@ -25,22 +47,81 @@ class CastBytes:
     y: int
 
 
-BF16_FLOPS = 700e12
-FLOAT8_FLOPS = 1270e12
-BYTES_PER_SECOND = 3.0e12
-_CAST_BYTES = {
+@dataclass(frozen=True)
+class LinearCost:
+    """Seconds of one linear's forward + backward."""
+
+    bf16_gemm_seconds: float
+    float8_gemm_seconds: float
+    """Of all three GEMMs; one of them stays bf16 with rowwise_with_gw_hp."""
+    cast_seconds: float
+
+    @property
+    def float8_seconds(self) -> float:
+        """GEMMs and casts, one after the other."""
+        return self.float8_gemm_seconds + self.cast_seconds
+
+    @property
+    def speedup(self) -> float:
+        """Time in bf16 over time in float8; 1 for a linear of no size."""
+        return self.bf16_gemm_seconds / self.float8_seconds if self.float8_seconds else 1.0
+
+
+H100 = Ceilings(700e12, 1270e12, 3.0e12)
+
+_COMPILED = {
     Float8LinearRecipeName.TENSORWISE: CastBytes(10, 8, 6),
     Float8LinearRecipeName.ROWWISE: CastBytes(12, 12, 8),
     Float8LinearRecipeName.ROWWISE_WITH_GW_HP: CastBytes(5, 12, 5),
 }
+_FUSED = {
+    Float8LinearRecipeName.TENSORWISE: CastBytes(4, 8, 4),
+    Float8LinearRecipeName.ROWWISE: CastBytes(4, 12, 4),
+    Float8LinearRecipeName.ROWWISE_WITH_GW_HP: CastBytes(3, 12, 3),
+}
+
+
+def gemms(m: int, k: int, n: int) -> dict[str, tuple[int, int, int]]:
+    """The three GEMMs of a linear as (rows, contraction, columns)."""
+    return {"output": (m, k, n), "grad_input": (m, n, k), "grad_weight": (n, m, k)}
+
+
+def in_float8(recipe: Float8LinearRecipeName, gemm: str) -> bool:
+    """Whether that GEMM has float8 operands."""
+    return not (recipe is Float8LinearRecipeName.ROWWISE_WITH_GW_HP and gemm == "grad_weight")
+
+
+def gemm_seconds(p: int, q: int, r: int, ceilings: Ceilings, *, float8: bool) -> float:
+    """One GEMM (P, Q) @ (Q, R) with a 2-byte result: bound by arithmetic or by memory."""
+    rate = ceilings.float8_flops if float8 else ceilings.bf16_flops
+    moved = (1 if float8 else 2) * (p * q + q * r) + 2 * p * r
+    return max(2.0 * p * q * r / rate, moved / ceilings.bytes_per_second)
+
+
+def cast_bytes(recipe: Float8LinearRecipeName, m: int, k: int, n: int, *, fused: bool = False) -> int:
+    """Bytes that amaxes and casts of one linear move, forward + backward."""
+    per = (_FUSED if fused else _COMPILED)[recipe]
+    return per.x * m * k + per.w * n * k + per.y * m * n
+
+
+def linear_cost(
+    recipe: Float8LinearRecipeName,
+    m: int,
+    k: int,
+    n: int,
+    ceilings: Ceilings = H100,
+    *,
+    fused: bool = False,
+) -> LinearCost:
+    """The model of one device's linear with input (M, K) and weight (N, K)."""
+    sizes = gemms(m, k, n)
+    return LinearCost(
+        sum(gemm_seconds(*size, ceilings, float8=False) for size in sizes.values()),
+        sum(gemm_seconds(*size, ceilings, float8=in_float8(recipe, gemm)) for gemm, size in sizes.items()),
+        cast_bytes(recipe, m, k, n, fused=fused) / ceilings.bytes_per_second,
+    )
 
 
 def expected_speedup(recipe: Float8LinearRecipeName, m: int, k: int, n: int) -> float:
-    """Time in bf16 over time in float8, for one device's GEMM sizes; under 1 where float8 loses."""
-    gemms = 6.0 * m * k * n
-    # One of the three GEMMs stays bf16 with rowwise_with_gw_hp.
-    in_float8 = 2 / 3 if recipe is Float8LinearRecipeName.ROWWISE_WITH_GW_HP else 1.0
-    per = _CAST_BYTES[recipe]
-    casts = (per.x * m * k + per.w * n * k + per.y * m * n) / BYTES_PER_SECOND
-    float8 = gemms * in_float8 / FLOAT8_FLOPS + gemms * (1 - in_float8) / BF16_FLOPS + casts
-    return gemms / BF16_FLOPS / float8 if gemms else 1.0
+    """Time in bf16 over time in float8 on an H100, as compiled; under 1 where float8 loses."""
+    return linear_cost(recipe, m, k, n).speedup

@@ -8,7 +8,9 @@ A linear is kept in high precision when, in this order:
 4. `auto_filter_small_kn` is an entry and (N, K) is under the recipe's threshold: the casts would
    cost more than the GEMMs gain. Thresholds are inclusive, on global sizes, and were read off H100
    tables; they know neither M nor tensor parallelism. ROWWISE_WITH_GW_HP has no rule of its own in
-   the tables and uses the rowwise one.
+   the tables and uses the rowwise one;
+5. a calibration was given and its local (M, K, N) was measured to be no faster in float8. Such a
+   measurement knows what the rule above does not, so a run has one of the two.
 """
 
 from __future__ import annotations
@@ -18,10 +20,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
+from converters.float8.calibration import Calibration, ShapeTiming, Sizes
 from converters.float8.config import Float8LinearRecipeName
 from converters.float8.gemm import ALIGNMENT
 
 AUTO_FILTER = "auto_filter_small_kn"
+
+LocalSizes = Callable[[str, int, int], Sizes]
+"""(FQN, global K, global N) -> (M, K, N) of one device's GEMM."""
 
 
 def _small_tensorwise(k: int, n: int) -> bool:
@@ -51,12 +57,22 @@ class LinearFilter:
     """A `module_filter_fn` that can also say why, and whether its entries match anything."""
 
     def __init__(
-        self, recipe: Float8LinearRecipeName, filter_fqns: Sequence[str], *, pad_inner_dim: bool = False
+        self,
+        recipe: Float8LinearRecipeName,
+        filter_fqns: Sequence[str],
+        *,
+        pad_inner_dim: bool = False,
+        calibration: Calibration | None = None,
+        local_sizes: LocalSizes | None = None,
     ) -> None:
+        if calibration is not None and local_sizes is None:
+            raise ValueError("a calibration needs local_sizes: (FQN, K, N) -> (M, K, N) of a device's GEMM")
         self.recipe = recipe
         self.substrings = [entry for entry in filter_fqns if entry != AUTO_FILTER]
         self.auto = AUTO_FILTER in filter_fqns
         self.pad_inner_dim = pad_inner_dim
+        self.calibration = calibration
+        self.local_sizes = local_sizes
 
     def __call__(self, module: nn.Module, fqn: str) -> bool:
         """True where the linear is to be converted."""
@@ -74,7 +90,38 @@ class LinearFilter:
         small, rule = _RULES[self.recipe]
         if self.auto and small(k, n):
             return f"{AUTO_FILTER}: {rule}"
+        timing = self.timing(fqn, k, n)
+        if timing is not None and not timing.convert:
+            return f"calibration: {timing.speedup:.2f}x of bf16's speed"
         return None
+
+    def timing(self, fqn: str, k: int, n: int) -> ShapeTiming | None:
+        """What was measured of a linear; None without a calibration, or where it lacks the shape."""
+        if self.calibration is None or self.local_sizes is None:
+            return None
+        return self.calibration.find(self.local_sizes(fqn, k, n))
+
+    def check_timed(self, linears: Iterable[tuple[str, nn.Linear]]) -> None:
+        """Raise where the calibration is asked for a shape that it lacks.
+
+        Raises:
+            ValueError: naming the shapes.
+        """
+        if self.calibration is None or self.local_sizes is None:
+            return
+        lacking: dict[Sizes, str] = {}
+        for fqn, linear in linears:
+            k, n = linear.in_features, linear.out_features
+            wanted = type(linear) is nn.Linear and self.reason(linear, fqn) is None
+            if wanted and self.timing(fqn, k, n) is None:
+                lacking.setdefault(self.local_sizes(fqn, k, n), fqn)
+        if lacking:
+            shown = ", ".join(f"{sizes} of {fqn}" for sizes, fqn in list(lacking.items())[:4])
+            more = f" and {len(lacking) - 4} more" if len(lacking) > 4 else ""
+            raise ValueError(
+                f"calibration: lacks (M, K, N) = {shown}{more};\n"
+                "run octavo calibrate with this run's settings, or keep these linears by filter_fqns"
+            )
 
     def check(self, linear_fqns: Iterable[str]) -> None:
         """Raise where an entry matches none of the model's linears.
@@ -110,7 +157,12 @@ def _name_pieces(fqns: Iterable[str]) -> list[str]:
 
 
 def auto_filter_for_recipe(
-    recipe: Float8LinearRecipeName | str, filter_fqns: Sequence[str], *, pad_inner_dim: bool = False
+    recipe: Float8LinearRecipeName | str,
+    filter_fqns: Sequence[str],
+    *,
+    pad_inner_dim: bool = False,
+    calibration: Calibration | None = None,
+    local_sizes: LocalSizes | None = None,
 ) -> LinearFilter:
     """A `module_filter_fn` for `convert_to_float8_training`.
 
@@ -119,5 +171,13 @@ def auto_filter_for_recipe(
         filter_fqns: substrings of FQNs to keep in high precision; `auto_filter_small_kn` among them
             also keeps the linears that are too small to gain.
         pad_inner_dim: as in the `Float8LinearConfig`: take sizes not divisible by 16 too.
+        calibration: measured times; keeps the linears that they show to lose.
+        local_sizes: with a calibration: (FQN, K, N) of a linear -> (M, K, N) as a device computes it.
     """
-    return LinearFilter(Float8LinearRecipeName(recipe), filter_fqns, pad_inner_dim=pad_inner_dim)
+    return LinearFilter(
+        Float8LinearRecipeName(recipe),
+        filter_fqns,
+        pad_inner_dim=pad_inner_dim,
+        calibration=calibration,
+        local_sizes=local_sizes,
+    )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.commands.config import help_requested, print_help
+from trainer.commands.words import CommandWords, read_words
 from trainer.config.errors import EXIT_BAD_INPUT, ConfigError, Problem, unknown
 from trainer.config.load import Loaded, load
 from trainer.config.preflight import input_problems
@@ -30,17 +30,7 @@ the configuration at once, with exit code 2.
   --json           the plan as JSON
   --png FILE       the memory as a picture, too"""
 
-_OWN = {"--world-size", "--device", "--png"}
-
-
-@dataclass
-class _Words:
-    """The command's own options, and what is left for the configuration."""
-
-    options: dict[str, str] = field(default_factory=dict)
-    as_json: bool = False
-    rest: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+_OPTIONS = ("--world-size", "--device", "--png")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     if help_requested(argv):
         print_help(USAGE.format(devices=" ".join(device.key for device in DEVICES)))
         return 0
-    words = _read(argv)
+    words = read_words(argv, _OPTIONS, ("--json",))
     try:
         loaded, plan = _loaded_and_planned(words)
     except ConfigError as error:
@@ -57,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     from trainer.plan.picture import draw
     from trainer.plan.render import as_json, as_text
 
-    print(as_json(plan) if words.as_json else as_text(plan), end="\n" if words.as_json else "")
+    print(as_json(plan) + "\n" if "--json" in words.switches else as_text(plan), end="")
     for problem in input_problems(loaded):
         print(f"note: a run on this machine would stop here: {problem}", file=sys.stderr)
     if "--png" in words.options:
@@ -70,48 +60,18 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _loaded_and_planned(words: _Words) -> tuple[Loaded, Plan]:
+def _loaded_and_planned(words: CommandWords) -> tuple[Loaded, Plan]:
     loaded = load(words.rest)
-    from trainer.plan.plan import make_plan  # imports torch: a misspelt key need not wait for it
+    from trainer.plan.plan import default_world_size, make_plan  # torch: a misspelt key need not wait for it
 
-    world_size, device = _world_size(words), _device(words)
+    world_size, device = words.count("--world-size", default_world_size()), _device(words)
     plan = make_plan(loaded, world_size, device)
     if words.problems:
         raise ConfigError([])
     return loaded, plan
 
 
-def _read(argv: Sequence[str]) -> _Words:
-    words, left = _Words(), list(argv)
-    while left:
-        word = left.pop(0)
-        name, equals, value = word.replace("_", "-", 1 if word.startswith("--world_") else 0).partition("=")
-        if word == "--json":
-            words.as_json = True
-        elif name in _OWN:
-            if not equals and left:
-                value = left.pop(0)
-            if not value or value.startswith("--"):
-                words.problems.append(Problem(name, "needs a value"))
-            words.options[name] = value
-        else:
-            words.rest.append(word)
-    return words
-
-
-def _world_size(words: _Words) -> int:
-    from trainer.plan.plan import default_world_size
-
-    text = words.options.get("--world-size")
-    if text is None:
-        return default_world_size()
-    if not text.isdecimal() or int(text) < 1:
-        words.problems.append(Problem("--world-size", f"got {text!r}; allowed: an integer >= 1"))
-        return 1
-    return int(text)
-
-
-def _device(words: _Words) -> Device:
+def _device(words: CommandWords) -> Device:
     """The row that was named, else that of this machine's GPU, else an H100's."""
     from trainer.plan.plan import host_device
 

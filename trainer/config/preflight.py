@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+from converters.config import Float8SectionConfig
+from converters.float8.calibration import read_calibration
 from models import MODELS
 from trainer.config import checks
 from trainer.config.errors import ConfigError, Problem
@@ -40,7 +42,19 @@ def input_problems(loaded: Loaded) -> list[Problem]:
     else:
         check = partial(find_tokenizer_file, path)
     _collect(found, loaded, "model.hf_assets_path", check)
+    float8 = loaded.config.quantize.linear.float8
+    if float8.calibration is not None and {"float8", "quantize.linear.float8"} & {*model.converters}:
+        _collect(found, loaded, "quantize.linear.float8.calibration", partial(_check_calibration, float8))
     return found
+
+
+def _check_calibration(float8: Float8SectionConfig) -> None:
+    path = str(float8.calibration)
+    calibration = read_calibration(path)
+    try:
+        calibration.check(float8.recipe_name or "tensorwise")
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
 
 
 def _data_checks(loaded: Loaded) -> Iterator[tuple[str, Callable[[], object]]]:

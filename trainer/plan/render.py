@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +15,7 @@ from trainer.plan.auto import USABLE_SHARE, describe
 from trainer.plan.memory import CATEGORIES, GIB, MemoryPlan
 from trainer.plan.plan import Plan
 from trainer.plan.shapes import Parameter
+from trainer.text_table import aligned
 
 _DIMS = {"columnwise": 0, "embedding": 0, "output": 0, "rowwise": 1}
 
@@ -181,7 +182,7 @@ def _layers(plan: Plan) -> list[str]:
                 decision(plan.model.reports, parameter),
             )
         )
-    return ["layers", *_table(rows)]
+    return ["layers", *aligned(rows)]
 
 
 def _shape(shape: Sequence[int]) -> str:
@@ -195,7 +196,7 @@ def _memory(plan: Plan) -> list[str]:
         (name, f"{memory.by_category[name] / GIB:,.2f}") for name in CATEGORIES if memory.by_category[name]
     ]
     rows.append(("peak, reserved", f"{memory.reserved_bytes / GIB:,.2f}"))
-    lines = [f"memory per rank, GiB{where}", *_table(rows, right=(1,))]
+    lines = [f"memory per rank, GiB{where}", *aligned(rows, right=(1,))]
     share = 100 * memory.reserved_bytes / have
     lines.append(f"  {share:.0f} % of the {have / GIB:.1f} GiB of {plan.device.key}: {_verdict(plan)}")
     lines.append(
@@ -230,7 +231,7 @@ def _choices(plan: Plan) -> list[str]:
                 mark,
             )
         )
-    lines = ["what recomputing costs", *_table(rows, right=(1, 2))]
+    lines = ["what recomputing costs", *aligned(rows, right=(1, 2))]
     if plan.automatic:
         lines.append(f"  {describe(plan.option, plan.device_bytes)}")
     return lines
@@ -244,7 +245,7 @@ def _traffic(plan: Plan) -> list[str]:
         where = "within a host" if item.within_host else "between hosts"
         axes = " x ".join(axis for axis in item.axes if plan.layout.degrees[axis] > 1) or "all"
         rows.append((item.kind, axes, f"{item.calls:,}", f"{item.bytes / 1e9:,.3f}", where))
-    return ["communication per rank and step", *_table(rows, right=(2, 3))]
+    return ["communication per rank and step", *aligned(rows, right=(2, 3))]
 
 
 def _time(plan: Plan) -> list[str]:
@@ -264,7 +265,7 @@ def _time(plan: Plan) -> list[str]:
         mfu_percent(tflops_per_device(rate, plan.flops_per_token), plan.device.peak_bf16_tflops)
         for rate in rates
     ]
-    lines = ["time of a step, ms, at the device's ceilings", *_table(rows, right=(1,))]
+    lines = ["time of a step, ms, at the device's ceilings", *aligned(rows, right=(1,))]
     if time.bubble:
         lines.append(f"  the pipeline idles {100 * time.bubble:.0f} % of the time")
     lines.append(
@@ -274,13 +275,3 @@ def _time(plan: Plan) -> list[str]:
     ceilings = "measured" if plan.device.measured else "estimated from the data sheet"
     lines.append(f"  ceilings of {plan.device.key}: {ceilings}")
     return lines
-
-
-def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield ("  " + "  ".join(cells)).rstrip()

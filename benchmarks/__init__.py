@@ -1,0 +1,1 @@
+"""What is measured, and how: scripts whose tables docs/performance.md carries."""

@@ -1,0 +1,1 @@
+"""Float8 against bf16: GEMMs, single linears, whole models."""

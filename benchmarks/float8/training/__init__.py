@@ -1,0 +1,1 @@
+"""Whole training runs, bf16 and float8, one after another."""

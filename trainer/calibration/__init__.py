@@ -1,0 +1,1 @@
+"""Times of single linears and GEMMs on the present device: for `octavo calibrate` and the benchmarks."""
