@@ -15,6 +15,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +40,7 @@ from parallelisms.tensor_parallel import (
     roles_within,
 )
 from trainer.checkpoint.state import model_tensors
-from trainer.config.checks import model_config
+from trainer.config.checks import batch_arithmetic, model_config
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.job import JobConfig
 from trainer.config.pipeline_checks import stages_of
@@ -166,19 +167,18 @@ def _wrap(
             mesh.fsdp,
             param_dtype=DTYPES[config.training.mixed_precision_param],
             reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
-            reshard_after_forward=_reshards(config),
+            reshard_after_forward=config.parallelism.reshards_after_forward(mesh.fsdp.shape[-1]),
             cpu_offload=offloads(config, device),
+            reduce_scatter=config.parallelism.fsdp_reduce_scatter,
+            accumulates=_accumulates(config, mesh),
         ),
     ]
 
 
-def _reshards(config: JobConfig) -> bool:
-    """Whether gathered weights are freed after forward.
-
-    By default not in a pipeline, which so gathers them once for all micro-batches and not for each.
-    """
-    policy = config.parallelism.fsdp_reshard_after_forward
-    return policy == "always" or (policy == "default" and config.parallelism.pipeline_parallel_degree == 1)
+def _accumulates(config: JobConfig, mesh: Mesh) -> bool:
+    """Whether a step reduces gradients over the shards more than once; a pipeline reduces them at its end."""
+    steps = batch_arithmetic(config, prod(mesh.degrees.values())).gradient_accumulation_steps
+    return steps > 1 and mesh.degrees["pp"] == 1
 
 
 def _activations(model: nn.Module, config: JobConfig, mesh: Mesh) -> Activations:

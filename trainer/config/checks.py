@@ -210,6 +210,9 @@ def _combination_problems(loaded: Loaded) -> Iterator[Problem]:
         and c.parallelism.tensor_parallel_degree > 1
     ):
         yield loaded.problem("parallelism.enable_async_tensor_parallel", "needs compile.enable of the model")
+    if c.parallelism.fsdp_reduce_scatter == "bfloat16_wire" and c.training.mixed_precision_param == "float32":
+        message = "'bfloat16_wire' needs bf16 gradients, and training.mixed_precision_param is float32"
+        yield loaded.problem("parallelism.fsdp_reduce_scatter", message)
     if c.activation_checkpoint.mode == "memory_budget" and not compiled:
         message = (
             "memory_budget is the compiler's work: it needs compile.enable with 'model' among its components"
@@ -331,6 +334,13 @@ def warnings(loaded: Loaded) -> list[str]:
     if c.parallelism.context_parallel_degree == 1:
         keys = _changed(loaded, "parallelism.context_parallel_")
         found += [f"{key} has no effect: context_parallel_degree is 1" for key in keys]
+    if c.parallelism.fsdp_reduce_scatter == "compute_pool":
+        reasons = {
+            "sums are copied to the host (training.enable_cpu_offload)": c.training.enable_cpu_offload,
+            "sums are cast to training.dtype": c.training.dtype != "float32",
+        }
+        cause = next((reason for reason, true in reasons.items() if true), None)
+        found += [f"parallelism.fsdp_reduce_scatter has no effect: {cause}"] if cause else []
     if c.parallelism.enable_async_tensor_parallel and c.parallelism.tensor_parallel_degree == 1:
         found.append("parallelism.enable_async_tensor_parallel has no effect: tensor_parallel_degree is 1")
     return found
