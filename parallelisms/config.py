@@ -84,7 +84,9 @@ class ParallelismConfig:
         if self.data_parallel_shard_degree == 0:
             yield "data_parallel_shard_degree", "got 0; allowed: -1 (all remaining devices) or 1 and more"
         if self.fsdp_reduce_scatter == "bfloat16_wire" and self.pipeline_parallel_degree > 1:
-            message = "'bfloat16_wire' would sum a pipeline's micro-batches in bf16; allowed: torch, compute_pool"
+            message = (
+                "'bfloat16_wire' would sum a pipeline's micro-batches in bf16; allowed: torch, compute_pool"
+            )
             yield "fsdp_reduce_scatter", message
 
 
