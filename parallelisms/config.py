@@ -17,10 +17,13 @@ class ParallelismConfig:
     """FSDP2 shards; -1 takes all devices that the other degrees leave."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Free a unit's gathered weights after its forward; `default` does so unless pipelined, or there is one
-    shard alone and `fsdp_reduce_scatter` is not `torch`: then they are cast once a step, not twice."""
+    shard alone and one of the next two is not at its default: then they are cast once a step, not twice."""
     fsdp_reduce_scatter: Literal["torch", "compute_pool", "bfloat16_wire"] = "torch"
     """Where sharded gradients lie and how they travel: in a memory pool of their own (`torch`), in that of
     the computation, or there after travelling in bf16; the sum is fp32 in all three."""
+    fsdp_single_shard: Literal["copy", "direct"] = "copy"
+    """On one device alone: gather and reduce as on many (`copy`), or keep a bf16 copy of the weights over
+    steps and take gradients from where backward left them (`direct`)."""
     tensor_parallel_degree: int = field(default=1, metadata={"min": 1})
     """Devices that share each matrix, with sequence-parallel norms between them."""
     disable_loss_parallel: bool = False
@@ -76,18 +79,13 @@ class ParallelismConfig:
         """
         if self.fsdp_reshard_after_forward != "default":
             return self.fsdp_reshard_after_forward == "always"
-        alone = shards == 1 and self.fsdp_reduce_scatter != "torch"
+        alone = shards == 1 and (self.fsdp_reduce_scatter != "torch" or self.fsdp_single_shard == "direct")
         return self.pipeline_parallel_degree == 1 and not alone
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """What cannot work within this section."""
         if self.data_parallel_shard_degree == 0:
             yield "data_parallel_shard_degree", "got 0; allowed: -1 (all remaining devices) or 1 and more"
-        if self.fsdp_reduce_scatter == "bfloat16_wire" and self.pipeline_parallel_degree > 1:
-            message = (
-                "'bfloat16_wire' would sum a pipeline's micro-batches in bf16; allowed: torch, compute_pool"
-            )
-            yield "fsdp_reduce_scatter", message
 
 
 @dataclass(frozen=True)

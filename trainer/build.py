@@ -29,6 +29,7 @@ from models.spec import FlopInputs
 from parallelisms.activation_checkpoint import apply_activation_checkpoint
 from parallelisms.compile import apply_compile
 from parallelisms.context_parallel import apply_context_parallel, check_attention
+from parallelisms.direct_weights import DirectWeights
 from parallelisms.fsdp import apply_fsdp
 from parallelisms.mesh import Mesh
 from parallelisms.pipeline_parallel import Activations, cut, merged
@@ -80,6 +81,8 @@ class BuiltModel:
     """FQNs of all parameters and persistent buffers of the whole model, on whatever stage they are."""
     wants_documents: bool
     """Whether `forward` is to be given document_ids."""
+    direct: DirectWeights | None
+    """Where weights and gradients are not copied; None where FSDP2 does what it does on many devices."""
     converters: list[Converter]
     reports: list[ConversionReport]
     flop_inputs: FlopInputs
@@ -121,6 +124,7 @@ def build_model(
         storage = torch.device("cpu") if offloads(config, device) else device
         with fake or nullcontext():
             _materialise(part, storage, device, None if fake else seed)
+    direct = DirectWeights(model) if config.parallelism.fsdp_single_shard == "direct" else None
     return BuiltModel(
         model=merged(parts, spec.blocks),
         parts=parts,
@@ -128,6 +132,7 @@ def build_model(
         activations=activations,
         fqns=fqns,
         wants_documents=getattr(sizes, "attn_mask_type", "causal") == "document",
+        direct=direct,
         converters=converters,
         reports=reports,
         flop_inputs=spec.flop_inputs(sizes),
@@ -166,13 +171,20 @@ def _wrap(
             spec.roles,
             mesh.fsdp,
             param_dtype=DTYPES[config.training.mixed_precision_param],
-            reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
+            reduce_dtype=_reduce_dtype(config),
             reshard_after_forward=config.parallelism.reshards_after_forward(mesh.fsdp.shape[-1]),
             cpu_offload=offloads(config, device),
             reduce_scatter=config.parallelism.fsdp_reduce_scatter,
             accumulates=_accumulates(config, mesh),
         ),
     ]
+
+
+def _reduce_dtype(config: JobConfig) -> torch.dtype:
+    """Of sums over ranks; one device alone that sums nothing leaves gradients as they are."""
+    training = config.training
+    direct = config.parallelism.fsdp_single_shard == "direct"
+    return DTYPES[training.mixed_precision_param if direct else training.mixed_precision_reduce]
 
 
 def _accumulates(config: JobConfig, mesh: Mesh) -> bool:

@@ -107,6 +107,11 @@ class Reduction:
     """Sums that become gradients are in the main pool, and over one shard they are the input itself."""
     divides: bool = False
     """Over one shard, torch divides by a factor on the way from input to output."""
+    copies_bytes: int = 0
+    """Of weights in the compute dtype that last over steps; gradients then stay where backward left them.
+    See `parallelisms.direct_weights`; units gather nothing."""
+    widens: bool = False
+    """These gradients are cast to the parameters' dtype after backward."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,7 @@ def replay(step: StepShape) -> MemoryPlan:
     ledger.alloc("workspaces", WORKSPACE_BYTES)
     ledger.alloc("parameters", step.parameter_bytes * persistent)
     ledger.alloc("optimizer", step.optimizer_bytes * persistent)
+    ledger.alloc("gathered weights", step.reduction.copies_bytes)
     _forward(ledger, step)
     if step.whole_gradients:
         _pipeline_backward(ledger, step)
@@ -233,8 +239,13 @@ def _backward(ledger: Ledger, step: StepShape, gradients: bool) -> None:
         whole = _run_backward(ledger, step, unit)
         if unit.stays or unit.backward_reads_weights:
             ledger.free("gathered weights", unit.gathered_bytes)
-        former = _reduce(ledger, step, unit, whole, former, gradients)
+        if step.reduction.copies_bytes == 0:
+            former = _reduce(ledger, step, unit, whole, former, gradients)
     ledger.free("gradient buffers", former)
+    if step.reduction.widens:
+        for unit in step.units:
+            ledger.alloc("gradients", unit.shard_numel * step.master_bytes)
+            ledger.free("gradient buffers", unit.local_numel * step.compute_bytes)
 
 
 def _run_backward(ledger: Ledger, step: StepShape, unit: Unit) -> int:

@@ -70,12 +70,15 @@ def step_shape(
         element_bytes(config),
         master,
         config.training.enable_cpu_offload,
-        _reduction(config, layout),
+        _reduction(config, layout, sum(unit.local_numel for unit in units)),
     )
 
 
-def _reduction(config: Any, layout: Layout) -> Reduction:
-    """As `parallelisms.fsdp` arranges it."""
+def _reduction(config: Any, layout: Layout, numel: int) -> Reduction:
+    """As `parallelisms.fsdp` arranges it, or `parallelisms.direct_weights`."""
+    if config.parallelism.fsdp_single_shard == "direct":
+        copies = numel * element_bytes(config)
+        return Reduction(copies_bytes=copies, widens=config.optimizer.implementation != "one_pass")
     how, replicas = config.parallelism.fsdp_reduce_scatter, layout.degrees["dp_replicate"]
     accumulates = layout.degrees["pp"] == 1 and layout.rounds > 1
     widens = how != "bfloat16_wire" or layout.fsdp_degree == 1
@@ -119,6 +122,8 @@ def _units(
         )
     elif stage.last:
         units.append(_unit("norm, output", model.head, True, final_input, 0))
+    if p.fsdp_single_shard == "direct":
+        units = [replace(unit, gathered_bytes=0) for unit in units]
     return tuple(units)
 
 

@@ -181,6 +181,18 @@ def test_memory_and_traffic_of_the_ways_to_reduce():
     assert travelled == {"torch": 2 * parameters, "compute_pool": 2 * parameters, "bfloat16_wire": parameters}
 
 
+def test_direct_weights_of_one_device():
+    """A bf16 copy beside everything; gradients in bf16 until backward is over, then in fp32."""
+    found = plan([*EIGHT_LAYERS, "--parallelism.fsdp_single_shard=direct"]).worst
+    parameters = 2_795_573_248
+    assert found.by_category["gathered weights"] == 2 * parameters
+    assert found.by_pool["reduce"] == found.by_pool["gather"] == 0
+    # Widened one after the other from the first on, so the last one of both forms is [norm, output].
+    both = 4 * parameters + 2 * (525_336_576 + 4096)
+    assert found.reserved_bytes == WORKSPACE_BYTES + (12 + 2) * parameters + both
+    assert found.by_category["gradients"] == 4 * parameters
+
+
 @pytest.mark.parametrize(
     "flags",
     [BF16, ["--training.enable_cpu_offload"], ["--training.global_batch_size=4", DDP]],
