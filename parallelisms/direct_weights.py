@@ -48,7 +48,7 @@ class DirectWeights:
     """Moves the parameters of a model on one device between computation and optimizer; see the module.
 
     Args:
-        model: After `apply_fsdp` over one shard, materialised; not resharded after forward, and with gradients
+        model: After `apply_fsdp` over one shard, materialised; not resharded after forward, its gradients
             reduced in the dtype of the computation.
     """
 

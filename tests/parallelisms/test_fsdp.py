@@ -55,7 +55,8 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(layout, reduce_scatter, *, accumulates=False, tied=False, reshard=True, param_dtype=torch.bfloat16):
+def build(layout, reduce_scatter, *, accumulates=False, tied=False, reshard=True, reduce_dtype=torch.float32):
+    """The model computes in bf16."""
     with torch.device("meta"):
         model = SPEC.build(dataclasses.replace(CONFIG, tied_output=tied))
     mesh = init_device_mesh("cpu", layout, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
@@ -65,8 +66,8 @@ def build(layout, reduce_scatter, *, accumulates=False, tied=False, reshard=True
         SPEC.blocks,
         SPEC.roles,
         mesh["dp_replicate", "dp_shard"] if layout[0] > 1 else mesh["dp_shard"],
-        param_dtype=param_dtype,
-        reduce_dtype=torch.float32,
+        param_dtype=torch.bfloat16,
+        reduce_dtype=reduce_dtype,
         reshard_after_forward=reshard,
         cpu_offload=False,
         reduce_scatter=reduce_scatter,
