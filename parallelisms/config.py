@@ -16,7 +16,14 @@ class ParallelismConfig:
     data_parallel_shard_degree: int = field(default=-1, metadata={"min": -1})
     """FSDP2 shards; -1 takes all devices that the other degrees leave."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Free a unit's gathered weights after its forward; `default` does so unless pipelined."""
+    """Free a unit's gathered weights after its forward; `default` does so unless pipelined, or there is one
+    shard alone and one of the next two is not at its default: then they are cast once a step, not twice."""
+    fsdp_reduce_scatter: Literal["torch", "compute_pool", "bfloat16_wire"] = "torch"
+    """Where sharded gradients lie and how they travel: in a memory pool of their own (`torch`), in that of
+    the computation, or there after travelling in bf16; the sum is fp32 in all three."""
+    fsdp_single_shard: Literal["copy", "direct"] = "copy"
+    """On one device alone: gather and reduce as on many (`copy`), or keep a bf16 copy of the weights over
+    steps and take gradients from where backward left them (`direct`)."""
     tensor_parallel_degree: int = field(default=1, metadata={"min": 1})
     """Devices that share each matrix, with sequence-parallel norms between them."""
     disable_loss_parallel: bool = False
@@ -63,6 +70,17 @@ class ParallelismConfig:
     """Tensor parallelism inside experts: 1, or the tensor-parallel degree."""
     expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"
     """Library for the experts' all-to-all."""
+
+    def reshards_after_forward(self, shards: int) -> bool:
+        """Whether gathered weights are freed after forward, where a parameter has this many shards.
+
+        A pipeline gathers once for all micro-batches. Of one shard, the "gathered" weights are a cast copy of
+        2 bytes a parameter, which backward frees while gradients grow in the same pool.
+        """
+        if self.fsdp_reshard_after_forward != "default":
+            return self.fsdp_reshard_after_forward == "always"
+        alone = shards == 1 and (self.fsdp_reduce_scatter != "torch" or self.fsdp_single_shard == "direct")
+        return self.pipeline_parallel_degree == 1 and not alone
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """What cannot work within this section."""

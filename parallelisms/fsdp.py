@@ -7,11 +7,15 @@ three are one unit, since they share a parameter. (Zhao et al. 2023, arXiv 2304.
 World size 1 takes the same path: the same mixed-precision policy, the same hooks, nothing to send.
 
 Gradients are summed over ranks, not averaged: the loss is divided by the global number of tokens already.
+How they travel and where they lie: `parallelisms.fsdp_comm`.
+
+The embedding's backward reads token ids and no weight, so an untied embedding is not gathered for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from parallelisms.blocks import blocks_of
+from parallelisms.fsdp_comm import GradientReduceScatter
 
 
 def apply_fsdp(
@@ -32,6 +37,8 @@ def apply_fsdp(
     reduce_dtype: torch.dtype,
     reshard_after_forward: bool,
     cpu_offload: bool,
+    reduce_scatter: str = "torch",
+    accumulates: bool = False,
 ) -> str:
     """Shard `model` over `mesh`, one-dimensional (FSDP) or (replicate, shard) (HSDP).
 
@@ -44,48 +51,80 @@ def apply_fsdp(
         reduce_dtype: Dtype in which gradients are summed.
         reshard_after_forward: Free a block's gathered weights after its forward.
         cpu_offload: Keep the shards in host memory.
+        reduce_scatter: ``parallelism.fsdp_reduce_scatter``.
+        accumulates: Several micro-batches a step, each with a reduction over the shards.
 
     Returns:
         What was done, for the start-up log.
     """
-    options: dict[str, Any] = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype),
-    }
+    replicas, shards = (1, *mesh.shape)[-2:]
+    wire = param_dtype if reduce_scatter == "bfloat16_wire" and shards > 1 else None
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=wire or reduce_dtype)
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy()
-    embedding, head = _outside_blocks(model, roles)
-    units = 1
-    if _share_parameters(embedding, head):
-        fully_shard([*embedding, *head], reshard_after_forward=False, **options)
-    else:
-        for group, reshard in ((embedding, reshard_after_forward), (head, False)):
-            if group:
-                fully_shard(group, reshard_after_forward=reshard, **options)
-                units += 1
-    for _, block in blocks_of(model, blocks):
-        fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
-        units += 1
-    fully_shard(model, reshard_after_forward=reshard_after_forward, **options)
+    units = _units(model, blocks, roles, reshard_after_forward)
+    for unit in units:
+        first = fully_shard(unit.modules, reshard_after_forward=unit.reshards, **options)[0]
+        first.set_unshard_in_backward(unit.backward_reads_weights)
+    root = fully_shard(model, reshard_after_forward=reshard_after_forward, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    kind = "HSDP" if mesh.ndim == 2 else "FSDP"
-    over = " x ".join(str(size) for size in mesh.shape)
-    if mesh.ndim == 2 and mesh.shape[1] == 1:
-        kind, over = "DDP", str(mesh.shape[0])
-    names = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-    return (
-        f"{kind} over {over}: {units} units, "
-        f"compute {names[param_dtype]}, gradients summed in {names[reduce_dtype]}"
-    )
+            if replicas * shards > 1:  # alone, a factor would cost a division by it
+                module.set_gradient_divide_factor(1.0)
+    if reduce_scatter != "torch":
+        temporary = cpu_offload or (replicas > 1 and accumulates)
+        for modules in ([root], *(unit.modules for unit in units)):
+            GradientReduceScatter(modules, shards=shards, temporary=temporary, wire_dtype=wire).install()
+    return _describe(mesh, len(units), param_dtype, reduce_dtype, reduce_scatter)
 
 
 def set_replica_all_reduce(model: nn.Module, needed: bool) -> None:
     """Whether the next backward also sums over replicas: once a step is enough (shards sum every time)."""
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(needed)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What is gathered as one."""
+
+    modules: list[nn.Module]
+    reshards: bool
+    """Freed after forward."""
+    backward_reads_weights: bool = True
+
+
+def _units(
+    model: nn.Module, blocks: str, roles: Mapping[str, str], reshard_after_forward: bool
+) -> list[_Unit]:
+    """All units of `model` but for what is left to the root, which should be nothing."""
+    embedding, head = _outside_blocks(model, roles)
+    found = [_Unit([block], reshard_after_forward) for _, block in blocks_of(model, blocks)]
+    if _share_parameters(embedding, head):
+        return [_Unit([*embedding, *head], False), *found]
+    if head:
+        found.insert(0, _Unit(head, False))
+    if embedding:
+        found.insert(0, _Unit(embedding, reshard_after_forward, backward_reads_weights=False))
+    return found
+
+
+def _describe(
+    mesh: DeviceMesh, units: int, param_dtype: torch.dtype, reduce_dtype: torch.dtype, reduce_scatter: str
+) -> str:
+    kind, over = "HSDP" if mesh.ndim == 2 else "FSDP", " x ".join(str(size) for size in mesh.shape)
+    if mesh.ndim == 2 and mesh.shape[1] == 1:
+        kind, over = "DDP", str(mesh.shape[0])
+    names = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+    how = {"torch": "", "compute_pool": " in the compute pool", "bfloat16_wire": " after travelling in bf16"}
+    if mesh.shape[-1] == 1:
+        how["bfloat16_wire"] = " in the compute pool (of one shard nothing travels)"
+    return (
+        f"{kind} over {over}: {units} units, "
+        f"compute {names[param_dtype]}, gradients summed in {names[reduce_dtype]}{how[reduce_scatter]}"
+    )
 
 
 def _outside_blocks(model: nn.Module, roles: Mapping[str, str]) -> tuple[list[nn.Module], list[nn.Module]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,7 @@ from models.spec import FlopInputs
 from parallelisms.activation_checkpoint import apply_activation_checkpoint
 from parallelisms.compile import apply_compile
 from parallelisms.context_parallel import apply_context_parallel, check_attention
+from parallelisms.direct_weights import DirectWeights
 from parallelisms.fsdp import apply_fsdp
 from parallelisms.mesh import Mesh
 from parallelisms.pipeline_parallel import Activations, cut, merged
@@ -39,7 +41,7 @@ from parallelisms.tensor_parallel import (
     roles_within,
 )
 from trainer.checkpoint.state import model_tensors
-from trainer.config.checks import model_config
+from trainer.config.checks import batch_arithmetic, model_config
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.job import JobConfig
 from trainer.config.pipeline_checks import stages_of
@@ -79,6 +81,8 @@ class BuiltModel:
     """FQNs of all parameters and persistent buffers of the whole model, on whatever stage they are."""
     wants_documents: bool
     """Whether `forward` is to be given document_ids."""
+    direct: DirectWeights | None
+    """Where weights and gradients are not copied; None where FSDP2 does what it does on many devices."""
     converters: list[Converter]
     reports: list[ConversionReport]
     flop_inputs: FlopInputs
@@ -120,6 +124,7 @@ def build_model(
         storage = torch.device("cpu") if offloads(config, device) else device
         with fake or nullcontext():
             _materialise(part, storage, device, None if fake else seed)
+    direct = DirectWeights(model) if config.parallelism.fsdp_single_shard == "direct" else None
     return BuiltModel(
         model=merged(parts, spec.blocks),
         parts=parts,
@@ -127,6 +132,7 @@ def build_model(
         activations=activations,
         fqns=fqns,
         wants_documents=getattr(sizes, "attn_mask_type", "causal") == "document",
+        direct=direct,
         converters=converters,
         reports=reports,
         flop_inputs=spec.flop_inputs(sizes),
@@ -165,20 +171,26 @@ def _wrap(
             spec.roles,
             mesh.fsdp,
             param_dtype=DTYPES[config.training.mixed_precision_param],
-            reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
-            reshard_after_forward=_reshards(config),
+            reduce_dtype=_reduce_dtype(config),
+            reshard_after_forward=config.parallelism.reshards_after_forward(mesh.fsdp.shape[-1]),
             cpu_offload=offloads(config, device),
+            reduce_scatter=config.parallelism.fsdp_reduce_scatter,
+            accumulates=_accumulates(config, mesh),
         ),
     ]
 
 
-def _reshards(config: JobConfig) -> bool:
-    """Whether gathered weights are freed after forward.
+def _reduce_dtype(config: JobConfig) -> torch.dtype:
+    """Of sums over ranks; one device alone that sums nothing leaves gradients as they are."""
+    training = config.training
+    direct = config.parallelism.fsdp_single_shard == "direct"
+    return DTYPES[training.mixed_precision_param if direct else training.mixed_precision_reduce]
 
-    By default not in a pipeline, which so gathers them once for all micro-batches and not for each.
-    """
-    policy = config.parallelism.fsdp_reshard_after_forward
-    return policy == "always" or (policy == "default" and config.parallelism.pipeline_parallel_degree == 1)
+
+def _accumulates(config: JobConfig, mesh: Mesh) -> bool:
+    """Whether a step reduces gradients over the shards more than once; a pipeline reduces them at its end."""
+    steps = batch_arithmetic(config, prod(mesh.degrees.values())).gradient_accumulation_steps
+    return steps > 1 and mesh.degrees["pp"] == 1
 
 
 def _activations(model: nn.Module, config: JobConfig, mesh: Mesh) -> Activations:

@@ -136,6 +136,8 @@ def dry_run(loaded: Loaded, rank: Rank) -> DryRun:
         with fake:
             forward = Forward(config, built, mesh, rank.device, cross_entropy_sum)
             optimizer = build_optimizer(built.model, replace(config.optimizer, implementation="foreach"))
+            if built.direct is not None:
+                built.direct.attach(optimizer)
             with _Counter() as counter:
                 _step(config, forward, built.model, optimizer, mesh, batch)
         kept = sum(

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallelisms.context_parallel import SequenceShards
+from parallelisms.direct_weights import DirectWeights
 from parallelisms.fsdp import set_replica_all_reduce
 from parallelisms.mesh import Mesh
 from parallelisms.pipeline_parallel import Pipeline
@@ -49,8 +50,8 @@ class Runner(Protocol):
 class WholeModel:
     """Runs a model that every rank holds from end to end (or its shards)."""
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn):
-        self.model, self.loss_fn = model, loss_fn
+    def __init__(self, model: nn.Module, loss_fn: LossFn, direct: DirectWeights | None = None):
+        self.model, self.loss_fn, self.direct = model, loss_fn, direct
 
     def forward_backward(
         self,
@@ -67,6 +68,8 @@ class WholeModel:
         loss = self.loss_fn(logits, labels) / divisor
         del logits  # freed before backward allocates its own
         loss.backward()
+        if self.direct is not None:
+            self.direct.hand_over_gradients()
         return loss.detach()
 
     @torch.no_grad()
@@ -88,7 +91,7 @@ class Forward:
         self._sequences = SequenceShards(built.parts, cp_mesh, config.parallelism)
         shared_by = [self._stages, cp_mesh.get_group() if cp_mesh.size() > 1 else None]
         self._sharing = [group for group in shared_by if group is not None]
-        self._runner: Runner = WholeModel(built.model, loss_fn)
+        self._runner: Runner = WholeModel(built.model, loss_fn, built.direct)
         if self._stages is not None:
             assert built.stages is not None
             self._runner = Pipeline(

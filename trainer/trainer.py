@@ -103,6 +103,8 @@ class Trainer:
             self.loss_fn = torch.compile(cross_entropy_sum, backend=config.compile.backend)
         self.forward = Forward(config, built, self.mesh, self.device, self.loss_fn)
         self.optimizer = build_optimizer(self.model, config.optimizer)
+        if built.direct is not None:
+            built.direct.attach(self.optimizer)
         self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, config.training.steps)
 
         # 6. Faults, checkpoint, metrics and records.

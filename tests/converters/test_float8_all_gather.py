@@ -190,11 +190,11 @@ NORM_ELEMENTS = 2 * LAYERS * DIM
 def test_one_byte_per_element_travels_forward_and_backward(found):
     """Each rank gives its quarter twice, once for forward and once for backward, and no scale."""
     (gathered, _), (high_precision, _) = found["fsdp", True][1][1], found["high_precision"][0]
-    # A block is one buffer of bytes, float8 weights beside fp32 norms; what is outside goes in fp32.
-    ends = (2 * VOCAB * DIM + DIM) * 4 // 4
+    # A block is one buffer of bytes, float8 weights beside fp32 norms; the rest goes in fp32, once: the
+    # embedding's backward reads no weight, and [norm, output] stay gathered for theirs.
     assert gathered == {
         "uint8": 2 * (FLOAT8_ELEMENTS + 4 * NORM_ELEMENTS) // 4,
-        "float32": ends + VOCAB * DIM * 4 // 4,
+        "float32": (2 * VOCAB * DIM + DIM) * 4 // 4,
     }
     assert high_precision["float32"] > 3.5 * gathered["uint8"]
 

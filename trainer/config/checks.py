@@ -19,6 +19,7 @@ from converters import CONVERTERS
 from models import MODELS
 from trainer.checkpoint.remote import checkpoint_root
 from trainer.config.errors import Problem, unknown
+from trainer.config.fsdp_checks import fsdp_problems, fsdp_warnings, single_shard_problems
 from trainer.config.load import Loaded
 from trainer.config.pipeline_checks import pipeline_problems, pipeline_warnings
 from trainer.data.datasets import DATASETS
@@ -101,6 +102,7 @@ def problems(loaded: Loaded, world_size: int | None = None) -> list[Problem]:
         found += _model_problems(loaded)
     found += _parallel_problems(loaded)
     found += _combination_problems(loaded)
+    found += fsdp_problems(loaded)
     if world_size is not None:
         found += _world_problems(loaded, world_size)
     return found
@@ -267,6 +269,10 @@ def _world_problems(loaded: Loaded, world_size: int) -> Iterator[Problem]:
             f"{total} is not a multiple of {micro} (local_batch_size {local} x {dp} data-parallel ranks)"
         )
         yield loaded.problem("training.global_batch_size", message)
+    else:
+        yield from single_shard_problems(
+            loaded, world_size, batch_arithmetic(c, world_size).gradient_accumulation_steps
+        )
 
 
 def unavailable(loaded: Loaded) -> list[Problem]:
@@ -336,6 +342,7 @@ def warnings(loaded: Loaded) -> list[str]:
     if c.parallelism.context_parallel_degree == 1:
         keys = _changed(loaded, "parallelism.context_parallel_")
         found += [f"{key} has no effect: context_parallel_degree is 1" for key in keys]
+    found += fsdp_warnings(loaded)
     if c.parallelism.enable_async_tensor_parallel and c.parallelism.tensor_parallel_degree == 1:
         found.append("parallelism.enable_async_tensor_parallel has no effect: tensor_parallel_degree is 1")
     return found

@@ -53,11 +53,14 @@ def plan_communication(
 
 
 def _units(model: ModelShape, stage: Stage) -> list[tuple[Sequence[Parameter], bool]]:
-    """(parameters, whether they stay gathered from forward to backward) of every FSDP unit."""
+    """(parameters, whether they are gathered for forward alone) of every FSDP unit.
+
+    [norm, output] stays gathered until its backward; the backward of an embedding of its own reads no weight.
+    """
     blocks: list[tuple[Sequence[Parameter], bool]] = [(model.block, False)] * len(stage.layers)
     if model.tied_output:
         return [((*model.embedding, *model.head), True), *blocks]
-    first: list[tuple[Sequence[Parameter], bool]] = [(model.embedding, False)] if stage.first else []
+    first: list[tuple[Sequence[Parameter], bool]] = [(model.embedding, True)] if stage.first else []
     return [*first, *blocks, *([(model.head, True)] if stage.last else [])]
 
 
@@ -65,17 +68,17 @@ def _fsdp(config: Any, model: ModelShape, layout: Layout, stage: Stage) -> list[
     n = layout.fsdp_degree
     if n == 1:
         return []
-    policy = config.parallelism.fsdp_reshard_after_forward
-    never = policy == "never" or (policy == "default" and layout.degrees["pp"] > 1)
+    stay = not config.parallelism.reshards_after_forward(n)
+    wire = element_bytes(config) if config.parallelism.fsdp_reduce_scatter == "bfloat16_wire" else _FP32
     # A pipeline gathers and reduces once for all its micro-batches.
     steps = 1 if layout.degrees["pp"] > 1 else layout.rounds
     gathers = gathered = reduced = 0
     units = _units(model, stage)
-    for parameters, stays in units:
-        times = 1 if stays or never else 2
+    for parameters, once in units:
+        times = 1 if once or stay else 2
         gathers += times
         gathered += times * sum(p.shard_numel * n * p.gather_bytes_per_element for p in parameters)
-        reduced += sum(p.shard_numel * n for p in parameters) * _FP32
+        reduced += sum(p.shard_numel * n for p in parameters) * wire
     axes = ("dp_shard", "cp")
     inside = layout.within_host(*axes)
     return [

@@ -5,7 +5,8 @@ on three:
 
     main      parameters, optimizer state, activations, logits, gathered weights, unsharded gradients
     gather    all-gather buffers (the next unit's beside the present one's)
-    reduce    the results of reduce-scatters, which are the sharded gradients
+    reduce    the results of reduce-scatters, which are the sharded gradients; with another
+              `parallelism.fsdp_reduce_scatter` than torch's, those that become gradients are in the main pool
 
 So what the device must hold (the allocator's *reserved* bytes, which the step line logs) is the sum of the
 pools' own peaks, though they are not reached at the same time: gradients grow while activations go, in
@@ -19,8 +20,11 @@ The order of events is FSDP2's (torch.distributed.fsdp, 2.11 to 2.13):
     backward   gather unit, run, free it; wait for the former unit's reduce-scatter and free its input; copy
                the gradients into this unit's input (fp32, whole); reduce-scatter into the sharded gradients
 
-On one rank there is nothing to gather: weights are cast in the main pool. The reduce pool is there all the
-same, and there a division of the gradients takes room for one unit more.
+The embedding's backward reads no weight, so it is not gathered there. Gradients that travel in bf16 have an
+input of half the size, and as much again for what is received.
+
+On one shard there is nothing to gather: weights are cast in the main pool. The reduce pool is there all the
+same, unless the input itself becomes the gradient; with replicas, a division takes room for one unit more.
 """
 
 from __future__ import annotations
@@ -89,6 +93,25 @@ class Unit:
     """Activations of one forward."""
     working_bytes: int = 0
     """What its backward needs besides."""
+    backward_reads_weights: bool = True
+    """Gathered for backward."""
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How a unit's gradients are summed over the shards; see `parallelisms.fsdp_comm`."""
+
+    wire_bytes: int = _FP32
+    """Of one element on its way."""
+    in_compute_pool: bool = False
+    """Sums that become gradients are in the main pool, and over one shard they are the input itself."""
+    divides: bool = False
+    """Over one shard, torch divides by a factor on the way from input to output."""
+    copies_bytes: int = 0
+    """Of weights in the compute dtype that last over steps; gradients then stay where backward left them.
+    See `parallelisms.direct_weights`; units gather nothing."""
+    widens: bool = False
+    """These gradients are cast to the parameters' dtype after backward."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +143,7 @@ class StepShape:
     """Of one element of the parameters and their gradients, once reduced."""
     offloaded: bool
     """Parameters, gradients and optimizer live in host memory."""
+    reduction: Reduction = Reduction()
 
 
 @dataclass(frozen=True)
@@ -150,6 +174,7 @@ def replay(step: StepShape) -> MemoryPlan:
     ledger.alloc("workspaces", WORKSPACE_BYTES)
     ledger.alloc("parameters", step.parameter_bytes * persistent)
     ledger.alloc("optimizer", step.optimizer_bytes * persistent)
+    ledger.alloc("gathered weights", step.reduction.copies_bytes)
     _forward(ledger, step)
     if step.whole_gradients:
         _pipeline_backward(ledger, step)
@@ -207,14 +232,20 @@ def _backward(ledger: Ledger, step: StepShape, gradients: bool) -> None:
     """`gradients` tells that those of an earlier backward are there."""
     former = 0
     for unit in reversed(step.units):
-        if not unit.stays:
+        if not unit.stays and unit.backward_reads_weights:
             if step.fsdp_degree > 1:
                 ledger.touch("gathered weights", unit.gathered_bytes, _GATHER)
             ledger.alloc("gathered weights", unit.gathered_bytes)
         whole = _run_backward(ledger, step, unit)
-        ledger.free("gathered weights", unit.gathered_bytes)
-        former = _reduce(ledger, step, unit, whole, former, gradients)
+        if unit.stays or unit.backward_reads_weights:
+            ledger.free("gathered weights", unit.gathered_bytes)
+        if step.reduction.copies_bytes == 0:
+            former = _reduce(ledger, step, unit, whole, former, gradients)
     ledger.free("gradient buffers", former)
+    if step.reduction.widens:
+        for unit in step.units:
+            ledger.alloc("gradients", unit.shard_numel * step.master_bytes)
+            ledger.free("gradient buffers", unit.local_numel * step.compute_bytes)
 
 
 def _run_backward(ledger: Ledger, step: StepShape, unit: Unit) -> int:
@@ -250,18 +281,28 @@ def _pipeline_backward(ledger: Ledger, step: StepShape) -> None:
 
 
 def _reduce(ledger: Ledger, step: StepShape, unit: Unit, whole: int, former: int, gradients: bool) -> int:
-    """Reduce-scatter a unit's gradients; returns the size of the input, which waits for the next unit."""
+    """Reduce-scatter a unit's gradients; returns the size of what waits for the next unit."""
     ledger.free("gradient buffers", former)
-    size = unit.local_numel * _FP32
+    how, alone = step.reduction, step.fsdp_degree == 1
+    size = unit.local_numel * how.wire_bytes
     ledger.alloc("gradient buffers", size)
     ledger.free("gradient buffers", whole)
     reduced, result = unit.shard_numel * _FP32, unit.shard_numel * step.master_bytes
-    ledger.alloc("gradients", reduced, _REDUCE)
-    if step.fsdp_degree == 1:
+    pooled = how.in_compute_pool and not gradients
+    if pooled and alone:  # the input is the result
+        ledger.free("gradient buffers", size)
+    ledger.alloc("gradients", reduced, _MAIN if pooled else _REDUCE)
+    if how.divides:
         ledger.touch("gradient buffers", reduced, _REDUCE)
-    if result < reduced:  # summed in fp32, kept in the parameters' dtype
-        ledger.alloc("gradients", result, _REDUCE)
-        ledger.free("gradients", reduced, _REDUCE)
-    if gradients or step.offloaded:
-        ledger.free("gradients", result, _REDUCE)  # added to what is there, or copied to the host
+    if pooled and alone:
+        return 0
+    if not pooled:
+        if result < reduced:  # summed in fp32, kept in the parameters' dtype
+            ledger.alloc("gradients", result, _REDUCE)
+            ledger.free("gradients", reduced, _REDUCE)
+        if gradients or step.offloaded:
+            ledger.free("gradients", result, _REDUCE)  # added to what is there, or copied to the host
+    if how.wire_bytes < _FP32:
+        ledger.alloc("gradient buffers", size)  # what is received
+        return 2 * size
     return size

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from trainer.plan.activations import BlockMemory, Recompute
 from trainer.plan.layout import Layout, Stage
-from trainer.plan.memory import MemoryPlan, StepShape, Unit, replay
+from trainer.plan.memory import MemoryPlan, Reduction, StepShape, Unit, replay
 from trainer.plan.shapes import ModelShape, Parameter
 
 _STATES = {"AdamW": 2, "Adam": 2}
@@ -69,6 +70,25 @@ def step_shape(
         element_bytes(config),
         master,
         config.training.enable_cpu_offload,
+        _reduction(config, layout, sum(unit.local_numel for unit in units)),
+    )
+
+
+def _reduction(config: Any, layout: Layout, numel: int) -> Reduction:
+    """As `parallelisms.fsdp` arranges it, or `parallelisms.direct_weights`."""
+    if config.parallelism.fsdp_single_shard == "direct":
+        copies = numel * element_bytes(config)
+        return Reduction(copies_bytes=copies, widens=config.optimizer.implementation != "one_pass")
+    how, replicas = config.parallelism.fsdp_reduce_scatter, layout.degrees["dp_replicate"]
+    accumulates = layout.degrees["pp"] == 1 and layout.rounds > 1
+    widens = how != "bfloat16_wire" or layout.fsdp_degree == 1
+    return Reduction(
+        wire_bytes=_FP32 if widens else element_bytes(config),
+        in_compute_pool=how != "torch"
+        and config.training.dtype == "float32"
+        and not config.training.enable_cpu_offload
+        and not (replicas > 1 and accumulates),
+        divides=layout.fsdp_degree == 1 and replicas > 1,
     )
 
 
@@ -77,14 +97,13 @@ def _units(
 ) -> tuple[Unit, ...]:
     """FSDP's units in forward order, as `parallelisms.fsdp` makes them."""
     p = config.parallelism
-    stays = p.fsdp_reshard_after_forward == "never" or (
-        p.fsdp_reshard_after_forward == "default" and layout.degrees["pp"] > 1
-    )
+    stays = not p.reshards_after_forward(layout.fsdp_degree)
     memory = block_memory(config, model, layout)
     final_input = 2 * memory._stream() if stage.last else 0  # of the last norm, and of the output
     units = []
     if stage.first and not model.tied_output:
-        units.append(_unit("embedding", model.embedding, stays, 0, 0))
+        embedding = _unit("embedding", model.embedding, stays, 0, 0)
+        units.append(replace(embedding, backward_reads_weights=False))
     for layer in stage.layers:
         mode = recompute.of_layer(layer)
         units.append(
@@ -103,6 +122,8 @@ def _units(
         )
     elif stage.last:
         units.append(_unit("norm, output", model.head, True, final_input, 0))
+    if p.fsdp_single_shard == "direct":
+        units = [replace(unit, gathered_bytes=0) for unit in units]
     return tuple(units)
 
 

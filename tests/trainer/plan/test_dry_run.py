@@ -29,8 +29,15 @@ ACCUMULATE = "--training.global_batch_size=32"
         (16, (*FLOAT8, GATHER)),
         (16, ("--parallelism.data_parallel_replicate_degree=4", ACCUMULATE)),
         (16, ("--model.overrides.tied_output", "--parallelism.fsdp_reshard_after_forward=never")),
+        (
+            16,
+            (
+                "--parallelism.data_parallel_replicate_degree=4",
+                "--parallelism.fsdp_reduce_scatter=bfloat16_wire",
+            ),
+        ),
     ],
-    ids=["fsdp128xtp4", "op", "float8-tp", "float8-gather", "hsdp-accumulated", "tied-never"],
+    ids=["fsdp128xtp4", "op", "float8-tp", "float8-gather", "hsdp-accumulated", "tied-never", "bf16-wire"],
 )
 def test_counted_bytes_are_the_planned_ones(world_size, flags):
     loaded = load([*COMMON, *flags], env={})
@@ -40,7 +47,7 @@ def test_counted_bytes_are_the_planned_ones(world_size, flags):
         parameter.shard_numel * (plan.model.n_layers if parameter in plan.model.block else 1)
         for parameter in (*plan.model.embedding, *plan.model.block, *plan.model.head)
     )
-    moved = dict.fromkeys(("all_gather", "reduce_scatter", "all_reduce"), 0)
+    moved = dict.fromkeys(("all_gather", "reduce_scatter", "all_to_all", "all_reduce"), 0)
     calls = dict(moved)
     for (kind, _), count in found.collectives.calls.items():
         calls[kind] += count
@@ -52,8 +59,9 @@ def test_counted_bytes_are_the_planned_ones(world_size, flags):
         return sum(getattr(planned[kind], what) for kind in kinds if kind in planned)
 
     sharded = ("all-gather of weights", "reduce-scatter of gradients", "tensor parallel")
-    assert moved["all_gather"] + moved["reduce_scatter"] == total(*sharded)
-    assert calls["all_gather"] + calls["reduce_scatter"] == total(*sharded, what="calls")
+    kinds = ("all_gather", "reduce_scatter", "all_to_all")  # the last one where gradients travel in bf16
+    assert sum(moved[kind] for kind in kinds) == total(*sharded)
+    assert sum(calls[kind] for kind in kinds) == total(*sharded, what="calls")
     if not {*FLOAT8} & {*flags}:  # float8's scales are all-reduces too
         assert moved["all_reduce"] == total("all-reduce over replicas", "tensor-parallel sums")
 

@@ -53,8 +53,8 @@ def test_json_says_what_the_text_says(capsys):
     [stage] = plan["stages"]
     assert stage["reserved_bytes"] == sum(stage["by_category"].values()) == sum(stage["by_pool"].values())
     gathers = next(item for item in plan["communication"] if item["kind"] == "all-gather of weights")
-    # Every weight twice, but [norm, output] once, in bf16, half of it from the other rank.
-    assert gathers["bytes"] == 2 * 8_030_261_248 - (128256 * 4096 + 4096)
+    # Every weight twice, but the embedding and [norm, output] once, in bf16, half from the other rank.
+    assert gathers["bytes"] == 2 * 8_030_261_248 - (2 * 128256 * 4096 + 4096)
     wq = next(layer for layer in plan["layers"] if layer["fqn"] == "layers.*.attention.wq.weight")
     assert (wq["shape"], wq["shard_shape"], wq["sharding"]) == ([4096, 4096], [2048, 4096], "rows / fsdp 2")
 

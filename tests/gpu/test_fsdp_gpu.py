@@ -1,0 +1,123 @@
+"""Memory pools, streams and the wire of FSDP2's reduction, on real streams; direct weights on one GPU."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from parallelisms.fsdp import apply_fsdp
+
+pytestmark = pytest.mark.gpu
+WIDTH, LAYERS = 2048, 12
+
+
+class Stack(nn.Module):
+    """Blocks whose activations are several times as large as their gradients."""
+
+    def __init__(self, width, depth):
+        super().__init__()
+        self.layers = nn.ModuleDict({str(i): nn.Linear(width, width, bias=False) for i in range(depth)})
+
+    def forward(self, x):
+        for layer in self.layers.values():
+            x = torch.tanh(layer(x))
+        return x
+
+
+def run(rank, world_size, how, deterministic=False):
+    """Gradients of three steps with an update after each, the second of two micro-batches; peak memory."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    before = torch.cuda.memory_reserved()
+    torch.manual_seed(0)
+    model = Stack(WIDTH, LAYERS).cuda()
+    mesh = init_device_mesh("cuda", (world_size,), mesh_dim_names=("dp_shard",))
+    apply_fsdp(
+        model,
+        "layers",
+        {},
+        mesh,
+        param_dtype=torch.bfloat16,
+        reduce_dtype=torch.float32,
+        reshard_after_forward=False,
+        cpu_offload=False,
+        reduce_scatter=how,
+    )
+    found = []
+    for step in range(3):
+        for micro_batch in range(2 if step == 1 else 1):
+            torch.manual_seed(100 * step + 10 * micro_batch + rank)
+            model(torch.randn(4 * WIDTH, WIDTH, device="cuda")).float().square().sum().backward()
+        # No synchronisation before this: the optimizer reads what the reduce stream has written.
+        found.append([p.grad.to_local().clone() for p in model.parameters()])
+        with torch.no_grad():
+            for p in model.parameters():
+                p.to_local().sub_(p.grad.to_local(), alpha=1e-4)
+        model.zero_grad()
+    torch.cuda.synchronize()
+    torch.use_deterministic_algorithms(False)
+    return found, torch.cuda.max_memory_reserved() - before
+
+
+def equal(got, want):
+    return all(torch.equal(a, b) for g, w in zip(got, want, strict=True) for a, b in zip(g, w, strict=True))
+
+
+@pytest.fixture
+def alone():
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_of_one_gpu_share_the_compute_pool(alone, deterministic):
+    """Deterministic algorithms fill what is allocated, on the stream that allocates."""
+    run(0, 1, "torch")  # workspaces
+    want, torchs = run(0, 1, "torch", deterministic)
+    got, pooled = run(0, 1, "compute_pool", deterministic)
+    assert equal(got, want)
+    # The sums lay in a pool of their own. A second micro-batch's still do, one at a time.
+    assert torchs - pooled >= 4 * WIDTH * WIDTH * LAYERS // 2
+
+
+def worker(rank, folder):
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = {how: run(rank, 2, how)[0] for how in ("torch", "compute_pool", "bfloat16_wire")}
+    same = {how: equal(found[how], found["torch"]) for how in found}
+    torch.save(same, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.multi_gpu
+def test_gradients_over_nvlink_are_those_of_torchs_reduction():
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(worker, args=(folder,), nprocs=2)
+        for rank in range(2):
+            same = torch.load(Path(folder) / f"{rank}.pt", weights_only=True)
+            assert same == {"torch": True, "compute_pool": True, "bfloat16_wire": True}
+
+
+@pytest.mark.parametrize("flags", [(), ("--compile.enable",)], ids=["eager", "compiled"])
+def test_direct_weights_train_as_copied_ones(train, flags):
+    environment = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+    common = (*flags, "--training.global_batch_size=4", "--training.steps=10", "--debug.deterministic")
+    runs = {
+        name: train(*common, f"--parallelism.{setting}", env=environment, name=name)
+        for name, setting in {
+            "copy": "fsdp_single_shard=copy",
+            "direct": "fsdp_single_shard=direct",
+            "pool": "fsdp_reduce_scatter=compute_pool",
+        }.items()
+    }
+    for name in ("direct", "pool"):
+        assert runs[name].differences(runs["copy"]) == {"loss": 0, "grad_norm": 0}, name
