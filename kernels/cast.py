@@ -122,8 +122,12 @@ def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("octavo::transpose_float8", mutates_args=())
-def transpose_float8(x: Tensor) -> Tensor:
-    """xᵀ (C, R), row-major, of a float8 matrix x (R, C)."""
+def transpose_float8(x: Tensor, after: Tensor | None = None) -> Tensor:
+    """xᵀ (C, R), row-major, of a float8 matrix x (R, C).
+
+    `after` is not read. A tensor that only backward has keeps a compiler from doing this in forward already,
+    which would hold xᵀ where x is at hand anyway.
+    """
     if x.numel() > 0 and x.element_size() == 1 and runs_float8_triton(x.device):
         from kernels.triton import cast
 
@@ -132,7 +136,7 @@ def transpose_float8(x: Tensor) -> Tensor:
 
 
 @transpose_float8.register_fake
-def _(x: Tensor) -> Tensor:
+def _(x: Tensor, after: Tensor | None = None) -> Tensor:
     return x.new_empty((x.shape[1], x.shape[0]))
 
 

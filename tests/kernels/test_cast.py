@@ -165,7 +165,9 @@ def test_operators_without_a_gpu_are_the_reference(size: tuple[int, int], dtype:
     for op, arguments in calls:
         torch.library.opcheck(op, arguments, test_utils="test_faketensor")
     both, turned = cast.cast_both(x, scale, dtype)
-    assert torch.equal(both.float(), torch.clamp(x.float() * 7, -float8_max(dtype), float8_max(dtype)).to(dtype).float())
+    assert torch.equal(
+        both.float(), torch.clamp(x.float() * 7, -float8_max(dtype), float8_max(dtype)).to(dtype).float()
+    )
     assert torch.equal(turned.float(), both.float().t())
     assert torch.equal(cast.cast_transposed(x, scale, dtype).float(), turned.float())
     assert torch.equal(cast.transpose_float8(x8).float(), turned.float())
