@@ -53,7 +53,7 @@ class Float8SectionConfig:
     force_recompute_fp8_weight_in_bwd: bool = False
     """Under compile, recompute the float8 weight in backward rather than keep it (memory with FSDP)."""
     cast_kernels: CastKernels = "torch"
-    """Casts as PyTorch ops that the compiler fuses, or as Triton kernels that write both layouts in one read."""
+    """Casts as PyTorch ops that a compiler fuses, or Triton kernels that write both layouts in one read."""
     saved_input: SavedInput = "high_precision"
     """What backward keeps of a linear's input: the input, or its float8 cast at 1 byte an element."""
     keep_float8_shards: bool = False

@@ -225,7 +225,7 @@ class Float8LinearConfig:
     saved_input: str = "high_precision"
     """What backward keeps of the input: itself, cast again; or ``float8``, its transposed cast (1 byte)."""
     keep_float8_shards: bool = False
-    """Keep a shard cast for the float8 all-gather until the weight changes: 1 byte an element of the shard."""
+    """Keep a shard cast for the float8 all-gather until the weight changes: 1 byte an element of it."""
 
     def __post_init__(self) -> None:
         # The user's cast configs are never written to: a default becomes a copy held by this object.

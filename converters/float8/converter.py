@@ -104,8 +104,8 @@ class Float8Converter(Converter):
             )
         if section.cast_kernels == "triton" and not runs_triton(torch.device(context.device_type)):
             logger.warning(
-                "quantize.linear.float8.cast_kernels = 'triton' runs as plain PyTorch here: Triton needs a CUDA "
-                "device and its package; the numbers are the same"
+                "quantize.linear.float8.cast_kernels = 'triton' runs as plain PyTorch here: Triton needs a "
+                "CUDA device and its package; the numbers are the same"
             )
         if context.device_type == "cuda" and not context.compile_model and section.cast_kernels == "torch":
             logger.warning(

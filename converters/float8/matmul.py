@@ -81,6 +81,7 @@ class Float8Mm(torch.autograd.Function):
         dy_stats: Tensor | None,
         how: Plan,
     ) -> Tensor:
+        """Y (M, N); the scales are None where they are one per row or a tensor came in float8."""
         config = how.config
         # One tensor must not be passed twice (Dynamo): a None second scale stands for the first.
         if config.shares_cast("input"):
@@ -114,6 +115,7 @@ class Float8Mm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of X and W where they are needed."""
         (dy,) = grads
         x, x_scale, weight, w_scale, *stored, dy_amax, dy_stats = ctx.saved_tensors
         config: Float8LinearConfig = ctx.config

@@ -73,6 +73,8 @@ def operands(
 def _turned(gathered: Float8Operand, after: Tensor | None, config: Float8LinearConfig) -> Float8Operand:
     if config.cast_kernels != "triton":
         return gathered
+    if after is not None and (in_float8 := gathered_float8(after)) is not None:
+        after = in_float8.data
     return Float8Operand(kernels.transpose_float8(gathered.data, after).t(), gathered.scale)
 
 

@@ -36,7 +36,8 @@ _AMAX_ELEMENTS = 8192
 _AMAX_PROGRAMS = 528
 """Four programs of 8 warps on each of 132 multiprocessors: one wave."""
 _ROW_ELEMENTS, _ROW_CHUNK, _ROW_WARPS = 65536, 8192, 16
-"""Of `cast_rows_kernel`: elements a program owns (2 programs a multiprocessor: 34 MB of bf16), and at a time."""
+"""Of `cast_rows_kernel`: elements that a program owns (34 MB of bf16 at 2 programs a multiprocessor) and that
+it holds at a time."""
 
 
 @triton.jit
