@@ -243,6 +243,9 @@ def _combination_problems(loaded: Loaded) -> Iterator[Problem]:
             "steps inside backward, so gradients cannot accumulate: leave training.global_batch_size at -1"
         )
         yield loaded.problem("optimizer.early_step_in_backward", message)
+    if c.quantize.linear.float8.keep_float8_shards and c.training.enable_cpu_offload:
+        message = "has no effect with training.enable_cpu_offload: shards are on the CPU, and cast on the GPU"
+        yield loaded.problem("quantize.linear.float8.keep_float8_shards", message)
 
 
 def _world_problems(loaded: Loaded, world_size: int) -> Iterator[Problem]:
