@@ -1,4 +1,4 @@
-"""The cast kernels on a GPU equal their references bit for bit, and so does a Float8Linear on them the plain."""
+"""The cast kernels on a GPU: their references bit for bit, and a Float8Linear on them the plain one."""
 
 import copy
 import math
