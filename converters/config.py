@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+CastKernels = Literal["torch", "triton"]
+SavedInput = Literal["high_precision", "float8"]
 ScalingTypeName = Literal["dynamic", "delayed", "static"]
 _TENSORS = ("input", "weight", "grad_output")
 
@@ -52,6 +54,12 @@ class Float8SectionConfig:
     """Convert layers whose sizes are not divisible by 16 too, padding them with zeros inside the GEMM."""
     force_recompute_fp8_weight_in_bwd: bool = False
     """Under compile, recompute the float8 weight in backward rather than keep it (memory with FSDP)."""
+    cast_kernels: CastKernels = "torch"
+    """Casts as PyTorch ops that a compiler fuses, or Triton kernels that write both layouts in one read."""
+    saved_input: SavedInput = "high_precision"
+    """What backward keeps of a linear's input: the input, or its float8 cast at 1 byte an element."""
+    keep_float8_shards: bool = False
+    """Keep float8 shards for all gathers of a step, 1 byte an element; needs the float8 all-gather."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Settings that cannot work together, as (key, message)."""
@@ -72,6 +80,7 @@ class Float8SectionConfig:
                 "enable_fsdp_float8_all_gather",
                 f"needs scaling_type_weight = 'dynamic', got {self.scaling_type_weight!r}",
             )
+        yield from self._kernel_problems()
         for tensor in _TENSORS:
             yield from self._scaling_problems(tensor, rowwise)
         for entry in self.filter_fqns:
@@ -84,6 +93,22 @@ class Float8SectionConfig:
             )
         if self.calibration is not None and self.emulate:
             yield "calibration", "is of float8 GEMMs, which emulate does without; leave one of them out"
+
+    def _kernel_problems(self) -> Iterator[tuple[str, str]]:
+        if self.saved_input == "float8" and self.cast_kernels != "triton":
+            yield (
+                "saved_input",
+                "'float8' needs cast_kernels = 'triton': what is kept of PyTorch's casts is the compiler's "
+                "choice",
+            )
+        if self.saved_input == "float8" and self.recipe_name == "rowwise_with_gw_hp":
+            yield (
+                "saved_input",
+                "'float8' has no effect with recipe_name = 'rowwise_with_gw_hp', whose backward reads the "
+                "input in high precision",
+            )
+        if self.keep_float8_shards and not self.enable_fsdp_float8_all_gather:
+            yield "keep_float8_shards", "has no effect without enable_fsdp_float8_all_gather = true"
 
     def _scaling_problems(self, tensor: str, rowwise: bool) -> Iterator[tuple[str, str]]:
         kind = getattr(self, f"scaling_type_{tensor}")

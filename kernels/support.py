@@ -17,3 +17,13 @@ def has_triton() -> bool:
 def runs_triton(device: torch.device) -> bool:
     """Whether kernels run as Triton on `device`; elsewhere their PyTorch reference does."""
     return device.type == "cuda" and has_triton()
+
+
+@functools.cache
+def _converts_to_float8(index: int | None) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (8, 9)
+
+
+def runs_float8_triton(device: torch.device) -> bool:
+    """Whether kernels that write float8 run as Triton on `device`: from compute capability 8.9 on."""
+    return runs_triton(device) and _converts_to_float8(device.index)

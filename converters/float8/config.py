@@ -175,11 +175,15 @@ _GEMMS = {
     "grad_input": ("cast_config_grad_output", "cast_config_weight_for_grad_input"),
     "grad_weight": ("cast_config_grad_output_for_grad_weight", "cast_config_input_for_grad_weight"),
 }
-_SECOND_USE = {
+SECOND_USE = {
     "cast_config_input": "cast_config_input_for_grad_weight",
     "cast_config_weight": "cast_config_weight_for_grad_input",
     "cast_config_grad_output": "cast_config_grad_output_for_grad_weight",
 }
+"""Field of a tensor's cast in its first GEMM -> field of its cast in the second."""
+
+CAST_KERNELS = ("torch", "triton")
+SAVED_INPUT = ("high_precision", "float8")
 
 
 @dataclass(frozen=True)
@@ -216,10 +220,16 @@ class Float8LinearConfig:
     """Round every computed scale down to a power of two, which makes scaling itself exact."""
     delayed_scaling_config: DelayedScalingConfig = field(default_factory=DelayedScalingConfig)
     """Settings of delayed scaling, where a cast config asks for it."""
+    cast_kernels: str = "torch"
+    """``torch``: casts as PyTorch ops, which a compiler fuses; ``triton``: one kernel writes both layouts."""
+    saved_input: str = "high_precision"
+    """What backward keeps of the input: itself, cast again; or ``float8``, its transposed cast (1 byte)."""
+    keep_float8_shards: bool = False
+    """Keep a shard cast for the float8 all-gather until the weight changes: 1 byte an element of it."""
 
     def __post_init__(self) -> None:
         # The user's cast configs are never written to: a default becomes a copy held by this object.
-        for first, second in _SECOND_USE.items():
+        for first, second in SECOND_USE.items():
             default = float8_dtypes().e5m2 if first == "cast_config_grad_output" else float8_dtypes().e4m3
             base = _with_dtype(getattr(self, first), default)
             object.__setattr__(self, first, base)
@@ -227,6 +237,7 @@ class Float8LinearConfig:
             object.__setattr__(self, second, base if given is None else _with_dtype(given, default))
         self._check_gemms()
         self._check_delayed()
+        self._check_kernels()
         if self.enable_fsdp_float8_all_gather:
             self._check_all_gather()
 
@@ -246,13 +257,32 @@ class Float8LinearConfig:
                 )
 
     def _check_delayed(self) -> None:
-        for first, second in _SECOND_USE.items():
+        for first, second in SECOND_USE.items():
             base, other = self.cast(first), self.cast(second)
             if other.scaling_type is ScalingType.DELAYED and base.short() != other.short():
                 raise ValueError(
                     f"Float8LinearConfig: {second} is {other.short()} but {first} is {base.short()};\n"
                     "a tensor has one delayed scale, so both must be DELAYED with one dtype"
                 )
+
+    def _check_kernels(self) -> None:
+        for name, allowed in (("cast_kernels", CAST_KERNELS), ("saved_input", SAVED_INPUT)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Float8LinearConfig: {name} is {getattr(self, name)!r}, allowed: {allowed}")
+        if self.saved_input == "float8" and self.cast_kernels != "triton":
+            raise ValueError(
+                "Float8LinearConfig: saved_input='float8' needs cast_kernels='triton':\n"
+                "what is kept of PyTorch's casts is the compiler's choice"
+            )
+        if self.saved_input == "float8" and not self.cast(SECOND_USE["cast_config_input"]).enabled:
+            raise ValueError(
+                "Float8LinearConfig: saved_input='float8' has no effect where the grad_weight GEMM, which "
+                "reads the input in backward, is in high precision"
+            )
+        if self.keep_float8_shards and not self.enable_fsdp_float8_all_gather:
+            raise ValueError(
+                "Float8LinearConfig: keep_float8_shards has no effect without enable_fsdp_float8_all_gather"
+            )
 
     def _check_all_gather(self) -> None:
         for name in ("cast_config_weight", "cast_config_weight_for_grad_input"):
@@ -276,14 +306,14 @@ class Float8LinearConfig:
     def shares_cast(self, tensor: str) -> bool:
         """True where ``input``, ``weight`` or ``grad_output`` is cast alike for both of its GEMMs."""
         first = self.cast(f"cast_config_{tensor}")
-        second = self.cast(_SECOND_USE[f"cast_config_{tensor}"])
+        second = self.cast(SECOND_USE[f"cast_config_{tensor}"])
         # Not ==, which would compare scale tensors by value and so break a compiled graph.
         return first.short() == second.short() and first.static_scale is second.static_scale
 
     @property
     def uses_delayed_scaling(self) -> bool:
         """True where a sync after backward is needed."""
-        return any(self.cast(name).scaling_type is ScalingType.DELAYED for name in _SECOND_USE)
+        return any(self.cast(name).scaling_type is ScalingType.DELAYED for name in SECOND_USE)
 
     @property
     def axiswise(self) -> bool:

@@ -37,7 +37,8 @@ from converters.float8.delayed import (
 from converters.float8.filters import auto_filter_for_recipe
 from converters.float8.fsdp import precompute_float8_dynamic_scale_for_fsdp
 from converters.float8.gemm import CPU_HAS_ROW_SCALES, check_device
-from converters.float8.linear import OPS_TO_SAVE, Float8Linear
+from converters.float8.linear import CASTS_TO_SAVE, OPS_TO_SAVE, Float8Linear
+from kernels.support import runs_triton
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,9 @@ def linear_config(section: Float8SectionConfig) -> Float8LinearConfig:
         emulate=section.emulate,
         force_recompute_fp8_weight_in_bwd=section.force_recompute_fp8_weight_in_bwd,
         delayed_scaling_config=DelayedScalingConfig(history_len=section.delayed_history_len),
+        cast_kernels=section.cast_kernels,
+        saved_input=section.saved_input,
+        keep_float8_shards=section.keep_float8_shards,
     )
 
 
@@ -99,7 +103,12 @@ class Float8Converter(Converter):
                 f"torch {torch.__version__} compiles row-scaled float8 on a CPU to wrong values\n"
                 "use torch 2.13 or later, or leave compile.enable off there"
             )
-        if context.device_type == "cuda" and not context.compile_model:
+        if section.cast_kernels == "triton" and not runs_triton(torch.device(context.device_type)):
+            logger.warning(
+                "quantize.linear.float8.cast_kernels = 'triton' runs as plain PyTorch here: Triton needs a "
+                "CUDA device and its package; the numbers are the same"
+            )
+        if context.device_type == "cuda" and not context.compile_model and section.cast_kernels == "torch":
             logger.warning(
                 "float8 without compile.enable runs each cast as several kernels and is slower than bf16; "
                 "set compile.enable = true"
@@ -214,8 +223,8 @@ class Float8Converter(Converter):
         return Float8RowwiseParallel(output_layouts=Shard(1)) if role == "rowwise" else None
 
     def ops_to_save(self) -> tuple[Any, ...]:
-        """The scaled GEMM and the amax: see `linear.OPS_TO_SAVE`."""
-        return OPS_TO_SAVE
+        """The scaled GEMM, the amax and, where asked for, casts: see `linear.OPS_TO_SAVE`."""
+        return OPS_TO_SAVE + (CASTS_TO_SAVE if self.config.saved_input == "float8" else ())
 
     def before_step(self, model: nn.Module, step: int) -> None:
         """Turn statistics on for a logged step and off after it."""

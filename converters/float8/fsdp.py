@@ -14,14 +14,15 @@ What is gathered is a `GatheredFloat8`, which `Float8Linear` reads through `gath
 Neither reaches a checkpoint: `plain` unwraps them for the state dict.
 
 A precomputed scale is forgotten when the shard is written to, so that a forward after a load or a
-step without precompute computes its own.
+step without precompute computes its own. With `keep_float8_shards` the cast shard lives as long: forward,
+backward and all micro-batches of a step gather what was cast once.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils import _pytree as pytree
 
 from converters.float8.gemm import Float8Operand
-from converters.float8.scaling import cast_to_float8, compute_amax, scale_from_amax
+from converters.float8.scaling import amax_of, cast_with_scale, compute_amax, scale_from_amax
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -73,70 +74,102 @@ class _Wrapper(torch.Tensor):
         )
 
 
+class GatherSettings(NamedTuple):
+    """How a shard is cast."""
+
+    dtype: torch.dtype
+    power_of_2: bool
+    tp_group: str | None = None
+    """Name of the tensor-parallel group whose ranks hold the other parts of the weight."""
+    cast_kernels: str = "torch"
+    keep: bool = False
+    """Keep the cast shard until the weight changes."""
+
+
+class _Kept(NamedTuple):
+    """A cast shard, and what it was made of: it is good while these are still the shard's."""
+
+    data: Tensor
+    scale: Tensor
+    version: int
+    """In-place writes that the tensor had seen, also such as went past the wrapper."""
+
+
 class FSDPFloat8Shard(_Wrapper):
-    """A weight (or a shard of one) that FSDP2 gathers in float8."""
+    """A weight (or a shard of one) that FSDP2 gathers in float8.
+
+    Who writes to `_tensor` past the dispatcher (a kernel of one's own) sets `_scale` to None.
+    """
 
     _tensor: Tensor
-    _dtype: torch.dtype
-    _power_of_2: bool
-    _tp_group: str | None
-    """Name of the tensor-parallel group whose ranks hold the other parts of the weight."""
+    _settings: GatherSettings
     _scale: Tensor | None
+    _kept: _Kept | None
 
     @staticmethod
-    def __new__(  # noqa: D102
-        cls, tensor: Tensor, dtype: torch.dtype, power_of_2: bool, tp_group: str | None = None
-    ) -> FSDPFloat8Shard:
+    def __new__(cls, tensor: Tensor, settings: GatherSettings) -> FSDPFloat8Shard:  # noqa: D102
         self = _Wrapper._make(cls, tensor, tensor.dtype)
-        self._tensor, self._dtype, self._power_of_2, self._scale = tensor, dtype, power_of_2, None
-        self._tp_group = tp_group
+        self._tensor, self._settings, self._scale, self._kept = tensor, settings, None, None
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"FSDPFloat8Shard({self._tensor!r})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["_tensor"], (self._dtype, self._power_of_2, self._tp_group)
+        return ["_tensor"], self._settings
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> FSDPFloat8Shard:
-        return FSDPFloat8Shard(inner["_tensor"], *meta)
+        return FSDPFloat8Shard(inner["_tensor"], meta)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         shards = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, FSDPFloat8Shard)]
         if func._schema.is_mutable:
             for shard in shards:
-                shard._scale = None
+                shard._scale = shard._kept = None
 
         args, kwargs = pytree.tree_map_only(FSDPFloat8Shard, lambda t: t._tensor, (args, kwargs or {}))
         out = func(*args, **kwargs)
         if func not in _KEEP_SHARD:
             return out
-        first = shards[0]
-        settings = first._dtype, first._power_of_2, first._tp_group
-        return pytree.tree_map_only(Tensor, lambda t: FSDPFloat8Shard(t, *settings), out)
+        settings = shards[0]._settings
+        return pytree.tree_map_only(Tensor, lambda t: FSDPFloat8Shard(t, settings), out)
 
     def global_scale(self, mesh: DeviceMesh | None) -> Tensor:
         """The scale of the whole weight: the precomputed one, or from an all-reduce over the shards."""
         if self._scale is not None:
             return self._scale
-        amax = compute_amax(self._tensor).to(torch.float32)
+        settings = self._settings
+        amax = amax_of(self._tensor, settings.cast_kernels).to(torch.float32)
         groups: list[Any] = []
         if mesh is not None and mesh.size(mesh.ndim - 1) > 1:
             groups.append(mesh.get_group(mesh.ndim - 1))
-        if self._tp_group is not None:
-            groups.append(_resolve_process_group(self._tp_group))
+        if settings.tp_group is not None:
+            groups.append(_resolve_process_group(settings.tp_group))
         for group in groups:
             dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
-        return scale_from_amax(amax, self._dtype, self._power_of_2)
+        return scale_from_amax(amax, settings.dtype, settings.power_of_2)
+
+    def float8(self, mesh: DeviceMesh | None) -> tuple[Tensor, Tensor]:
+        """The shard in float8 and its scale: those that were kept, or new ones."""
+        settings, kept = self._settings, self._kept
+        if kept is not None and kept.scale is self._scale and kept.version == self._tensor._version:
+            return kept.data, kept.scale
+        if kept is not None and kept.version != self._tensor._version and kept.scale is self._scale:
+            self._scale = None  # written past the wrapper: the scale is as stale as the cast
+        scale = self.global_scale(mesh)
+        data = cast_with_scale(self._tensor, scale, settings.dtype, settings.cast_kernels)
+        if settings.keep:
+            self._scale, self._kept = scale, _Kept(data, scale, self._tensor._version)
+        return data, scale
 
     def fsdp_pre_all_gather(
         self, mesh: DeviceMesh, outer_size: Any, outer_stride: Any, module: nn.Module, mp_policy: Any
     ) -> tuple[tuple[Tensor, ...], Any]:
         """What travels: the float8 shard. What stays here: its scale."""
-        scale = self.global_scale(mesh)
-        return (cast_to_float8(self._tensor, scale, self._dtype),), (scale,)
+        data, scale = self.float8(mesh)
+        return (data,), (scale,)
 
     def fsdp_post_all_gather(
         self,
@@ -216,9 +249,15 @@ def shard_for_float8_gather(
         config: Its casts.
         tp_group: Name of the group that holds the other parts of the weight.
     """
-    settings = config.cast("cast_config_weight").dtype, config.round_scales_to_power_of_2, tp_group
+    settings = GatherSettings(
+        config.cast("cast_config_weight").dtype,
+        config.round_scales_to_power_of_2,
+        tp_group,
+        config.cast_kernels,
+        config.keep_float8_shards,
+    )
     return nn.Parameter(
-        _map_local(weight.detach(), lambda t: FSDPFloat8Shard(t, *settings)),
+        _map_local(weight.detach(), lambda t: FSDPFloat8Shard(t, settings)),
         requires_grad=weight.requires_grad,
     )
 
@@ -254,19 +293,31 @@ def precompute_float8_dynamic_scale_for_fsdp(model: nn.Module) -> None:
         )
         return
     shards: list[FSDPFloat8Shard] = [p._local_tensor for p in params]
-    # A rank may hold nothing of a small weight; an empty norm is undefined.
-    norms = [compute_amax(shard._tensor).to(torch.float32) for shard in shards]
-    amaxes = torch.stack(norms)
+    amaxes = _amaxes(shards)
     mesh = _sharding_axes(params[0].device_mesh)
     if mesh.size() > 1:
         dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=mesh.get_group())
     by_kind: dict[Any, list[int]] = {}
     for index, shard in enumerate(shards):
-        by_kind.setdefault((shard._dtype, shard._power_of_2), []).append(index)
+        by_kind.setdefault((shard._settings.dtype, shard._settings.power_of_2), []).append(index)
     for (dtype, power_of_2), indices in by_kind.items():
         scales = scale_from_amax(amaxes[indices], dtype, power_of_2)
         for scale, index in zip(scales.unbind(), indices, strict=True):
             shards[index]._scale = scale
+
+
+def _amaxes(shards: list[FSDPFloat8Shard]) -> Tensor:
+    """(n,) fp32: each shard's amax."""
+    if shards[0]._settings.cast_kernels != "triton":
+        return torch.stack([compute_amax(shard._tensor).to(torch.float32) for shard in shards])
+    # One read of each, many tensors a launch. A rank may hold nothing of a small weight, and an empty norm
+    # is undefined.
+    amaxes = torch.zeros(len(shards), device=shards[0]._tensor.device)
+    slots = [slot for slot, shard in zip(amaxes.unbind(), shards, strict=True) if shard._tensor.numel()]
+    filled = [shard._tensor for shard in shards if shard._tensor.numel()]
+    if filled:
+        torch._foreach_copy_(slots, list(torch._foreach_norm(filled, ord=float("inf"))))
+    return amaxes
 
 
 def _sharding_axes(mesh: DeviceMesh) -> DeviceMesh:
@@ -289,4 +340,4 @@ def weight_before_gather(weight: Tensor) -> tuple[Tensor, Tensor, torch.dtype] |
         return None
     mesh = getattr(weight, "device_mesh", None)
     scale = shard.global_scale(None if mesh is None else _sharding_axes(mesh))
-    return shard._tensor, scale, shard._dtype
+    return shard._tensor, scale, shard._settings.dtype

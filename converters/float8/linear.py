@@ -1,19 +1,7 @@
 """Float8Linear: an `nn.Linear` whose three GEMMs take float8 operands.
 
-Sizes: X (M, K), W (N, K), Y and dY (M, N); M is all leading dims of the input flattened.
-
-    GEMM         left operand (scale)        right operand (scale)     tensorwise       rowwise
-    output       X   (M, K)  () or (M, 1)    Wᵀ (K, N)  () or (1, N)   e4m3 x e4m3      e4m3 x e4m3
-    grad_input   dY  (M, N)  () or (M, 1)    W  (N, K)  () or (1, K)   e5m2 x e4m3      e4m3 x e4m3
-    grad_weight  dYᵀ (N, M)  () or (N, 1)    X  (M, K)  () or (1, K)   e5m2 x e4m3      e4m3 x e4m3
-
-The output has the input's dtype (autocast's, where it is on), grad_input the input's, grad_weight the
-weight's. A GEMM whose operands are DISABLED runs in the operands' own dtype. The bias is added outside.
-
-What backward keeps: X and W in high precision and the scalar scales of the forward, so that a scale is
-never computed twice from what might by then be other bits; row scales differ between the GEMMs and are
-computed from the saved tensors. W itself is saved by reference: under FSDP2 it is freed after forward and
-gathered again, where a float8 copy would stay for every layer.
+The module holds parameters, settings and scales; `matmul` is the arithmetic, `operands` the casts. The bias
+is added outside the GEMM.
 
 Extra state (delayed and static scales, health statistics) lives in non-persistent fp32 buffers: the
 module's state_dict has `weight` and `bias` only.
@@ -25,203 +13,36 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from converters.float8.config import CastConfig, Float8LinearConfig, ScalingType
-from converters.float8.delayed import record_amax, register_delayed_state, stored_or_dynamic_scale
+from converters.float8.config import Float8LinearConfig, ScalingType
+from converters.float8.delayed import record_amax, register_delayed_state
 from converters.float8.fsdp import gathered_float8, plain, shard_for_float8_gather
-from converters.float8.gemm import Float8Operand, check_device, high_precision_mm, scaled_mm
-from converters.float8.scaling import cast_to_float8, compute_amax, scale_from_amax
-from converters.float8.stats import health
+from converters.float8.gemm import check_device
+from converters.float8.matmul import Float8Mm, global_amax, needs_amax, plan, record_health, scalar_scale
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-OPS_TO_SAVE = (torch.ops.aten._scaled_mm.default, torch.ops.aten.amax.default)
-"""Ops whose outputs per-op selective checkpoints should save: the GEMM is dear, an amax small and slow."""
+OPS_TO_SAVE = (
+    torch.ops.aten._scaled_mm.default,
+    torch.ops.aten.amax.default,
+    torch.ops.octavo.amax.default,
+)
+"""Ops whose outputs per-op selective checkpoints should save: the GEMM is dear, an amax small and slow.
+
+A cast is neither: 4 bytes an element moved, against 1 kept for as long as an activation. `CASTS_TO_SAVE` are
+for those who ask for it with ``saved_input = "float8"``: then backward finds X8ᵀ and computes neither X nor
+its casts again (compiled; in eager mode a saved op keeps all its outputs, so X8 too).
+"""
+
+CASTS_TO_SAVE = (
+    torch.ops.octavo.cast_both.default,
+    torch.ops.octavo.cast_rows_and_columns.default,
+)
 
 _STATE_PREFIX = "float8_"
-
-
-def _operand(t: Tensor, cast: CastConfig, dim: int, scale: Tensor | None, power_of_2: bool) -> Float8Operand:
-    """Cast one operand; `dim` is the GEMM's contraction, used where the scale is one per row."""
-    if (gathered := gathered_float8(t)) is not None:
-        return gathered
-    if scale is None:
-        amax = compute_amax(t, dim if cast.axiswise else None)
-        scale = scale_from_amax(amax, cast.dtype, power_of_2)
-    return Float8Operand(cast_to_float8(t, scale, cast.dtype), scale)
-
-
-def _global_amax(t: Tensor, group: str | None) -> Tensor:
-    """Max |t| over the ranks of `group` that hold the parts of t; of t itself where there is none."""
-    amax = compute_amax(t)
-    if group is None:
-        return amax
-    return funcol.wait_tensor(funcol.all_reduce(amax.to(torch.float32), "max", group))
-
-
-class _Float8Mm(torch.autograd.Function):
-    """Y = X Wᵀ and its two gradients, each GEMM as `config` says."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        x_scale: Tensor | None,
-        x_gw_scale: Tensor | None,
-        w_scale: Tensor | None,
-        w_gi_scale: Tensor | None,
-        dy_scale: Tensor | None,
-        dy_gw_scale: Tensor | None,
-        dy_amax: Tensor | None,
-        dy_stats: Tensor | None,
-        dy_group: str | None,
-        config: Float8LinearConfig,
-    ) -> Tensor:
-        ctx.config, ctx.dy_group = config, dy_group
-        # One tensor must not be passed twice (Dynamo): a None second scale stands for the first.
-        if config.shares_cast("input"):
-            x_gw_scale = x_scale
-        if config.shares_cast("weight"):
-            w_gi_scale = w_scale
-        ctx.save_for_backward(
-            x, weight, x_gw_scale, w_gi_scale, dy_scale, dy_gw_scale, _alias(dy_amax), _alias(dy_stats)
-        )
-        x_cast, w_cast = config.cast_config_input, config.cast("cast_config_weight")
-        if not x_cast.enabled:
-            return high_precision_mm(x, weight.t())
-        pow2 = config.round_scales_to_power_of_2
-        w_fp8 = _operand(weight, w_cast, -1, w_scale, pow2)
-        return scaled_mm(
-            _operand(x, x_cast, -1, x_scale, pow2),
-            w_fp8.t(),
-            out_dtype=x.dtype,
-            use_fast_accum=config.gemm_config_output.use_fast_accum,
-            emulate=config.emulate,
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        x, weight, x_scale, w_scale, dy_scale, dy_gw_scale, dy_amax, dy_stats = ctx.saved_tensors
-        config: Float8LinearConfig = ctx.config
-        dy_scale, dy_gw_scale = _dy_scales(dy, dy_scale, dy_gw_scale, dy_amax, ctx.dy_group, config)
-        if dy_stats is not None:
-            _record_health(dy_stats, dy, config.cast_config_grad_output, dy_scale, config)
-        grad_x = (
-            _grad_input(dy, weight, dy_scale, w_scale, config).to(x.dtype)
-            if ctx.needs_input_grad[0]
-            else None
-        )
-        grad_w = None
-        if ctx.needs_input_grad[1]:
-            grad_w = _grad_weight(dy, x, dy_gw_scale, x_scale, weight.dtype, config)
-        return (grad_x, grad_w, *[None] * 10)
-
-
-def _grad_input(
-    dy: Tensor, weight: Tensor, dy_scale: Tensor | None, w_scale: Tensor | None, config: Float8LinearConfig
-) -> Tensor:
-    """DX (M, K) = dY (M, N) @ W (N, K)."""
-    dy_cast, w_cast = config.cast("cast_config_grad_output"), config.cast("cast_config_weight_for_grad_input")
-    if not dy_cast.enabled:
-        return high_precision_mm(dy, weight.to(dy.dtype))
-    pow2 = config.round_scales_to_power_of_2
-    w_fp8 = _operand(weight, w_cast, 0, w_scale, pow2)
-    return scaled_mm(
-        _operand(dy, dy_cast, -1, dy_scale, pow2),
-        w_fp8,
-        out_dtype=dy.dtype,
-        use_fast_accum=config.gemm_config_grad_input.use_fast_accum,
-        emulate=config.emulate,
-    )
-
-
-def _grad_weight(
-    dy: Tensor,
-    x: Tensor,
-    dy_scale: Tensor | None,
-    x_scale: Tensor | None,
-    out_dtype: torch.dtype,
-    config: Float8LinearConfig,
-) -> Tensor:
-    """DW (N, K) = dYᵀ (N, M) @ X (M, K)."""
-    dy_cast = config.cast("cast_config_grad_output_for_grad_weight")
-    x_cast = config.cast("cast_config_input_for_grad_weight")
-    if not dy_cast.enabled:
-        return high_precision_mm(dy.to(x.dtype).t(), x).to(out_dtype)
-    pow2 = config.round_scales_to_power_of_2
-    return scaled_mm(
-        _operand(dy, dy_cast, 0, dy_scale, pow2).t(),
-        _operand(x, x_cast, 0, x_scale, pow2),
-        out_dtype=out_dtype,
-        use_fast_accum=config.gemm_config_grad_weight.use_fast_accum,
-        emulate=config.emulate,
-    )
-
-
-def _dy_scales(
-    dy: Tensor,
-    stored: Tensor | None,
-    stored_gw: Tensor | None,
-    slot: Tensor | None,
-    group: str | None,
-    config: Float8LinearConfig,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Scalar scales of dY for its two GEMMs (None where per row or absent); its amax is recorded."""
-    if gathered_float8(dy) is not None:
-        return None, None
-    casts = (config.cast("cast_config_grad_output"), config.cast("cast_config_grad_output_for_grad_weight"))
-    amax = None
-    if any(_needs_amax(cast) for cast in casts):
-        amax = _global_amax(dy, group)
-        if slot is not None:
-            record_amax(slot.data if not torch.compiler.is_compiling() else slot, amax)
-    pow2 = config.round_scales_to_power_of_2
-    first = _scalar_scale(casts[0], amax, stored, pow2)
-    if config.shares_cast("grad_output"):
-        return first, first
-    return first, _scalar_scale(casts[1], amax, stored_gw, pow2)
-
-
-def _needs_amax(cast: CastConfig) -> bool:
-    return cast.enabled and not cast.axiswise and cast.scaling_type is not ScalingType.STATIC
-
-
-def _scalar_scale(
-    cast: CastConfig, amax: Tensor | None, stored: Tensor | None, power_of_2: bool
-) -> Tensor | None:
-    if cast.scaling_type is ScalingType.STATIC:
-        return stored
-    if not _needs_amax(cast):
-        return None
-    assert amax is not None
-    dynamic = scale_from_amax(amax, cast.dtype, power_of_2)
-    if cast.scaling_type is ScalingType.DELAYED:
-        assert stored is not None
-        return stored_or_dynamic_scale(stored, dynamic)
-    return dynamic
-
-
-def _alias(t: Tensor | None) -> Tensor | None:
-    """A view without a shared version counter: backward writes to it, and other graphs may hold it saved."""
-    return t if t is None or torch.compiler.is_compiling() else t.data
-
-
-def _record_health(
-    slot: Tensor, t: Tensor, cast: CastConfig, scale: Tensor | None, config: Float8LinearConfig
-) -> None:
-    if not cast.enabled or t.numel() == 0 or gathered_float8(t) is not None:
-        return
-    if scale is None:
-        amax = compute_amax(t, -1 if cast.axiswise else None)
-        scale = scale_from_amax(amax, cast.dtype, config.round_scales_to_power_of_2)
-    target = slot if torch.compiler.is_compiling() else slot.data
-    target.copy_(health(t, scale, cast.dtype))
 
 
 class Float8Linear(nn.Linear):
@@ -276,7 +97,8 @@ class Float8Linear(nn.Linear):
             check_device(
                 device.type, device.index, axiswise=self.config.axiswise, emulate=self.config.emulate
             )
-        if self.config.force_recompute_fp8_weight_in_bwd and torch.compiler.is_compiling():
+        recompute = self.config.force_recompute_fp8_weight_in_bwd and self.config.cast_kernels == "torch"
+        if recompute and torch.compiler.is_compiling():
             out = checkpoint(self._product, x.reshape(-1, k), weight, use_reentrant=False)
         else:
             out = self._product(x.reshape(-1, k), weight)
@@ -295,12 +117,12 @@ class Float8Linear(nn.Linear):
             x_scales = self._scales("input", "cast_config_input_for_grad_weight", x)
             w_scales = self._scales("weight", "cast_config_weight_for_grad_input", weight)
             if self.collect_stats:
-                _record_health(self.float8_stats_input, x, config.cast_config_input, x_scales[0], config)
-                _record_health(
+                record_health(self.float8_stats_input, x, config.cast_config_input, x_scales[0], config)
+                record_health(
                     self.float8_stats_weight, weight, config.cast_config_weight, w_scales[0], config
                 )
         dy_casts = ("cast_config_grad_output", "cast_config_grad_output_for_grad_weight")
-        return _Float8Mm.apply(
+        return Float8Mm.apply(
             x,
             weight,
             *x_scales,
@@ -309,8 +131,7 @@ class Float8Linear(nn.Linear):
             None if config.shares_cast("grad_output") else self._stored_scale("grad_output", dy_casts[1]),
             self.float8_amax_grad_output if self._records("grad_output") else None,
             self.float8_stats_grad_output if self.collect_stats else None,
-            self._amax_group("grad_output"),
-            config,
+            plan(x, weight, self._amax_group("grad_output"), config),
         )
 
     def _scales(self, tensor: str, second_use: str, t: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -319,15 +140,15 @@ class Float8Linear(nn.Linear):
             return None, None
         first_use = f"cast_config_{tensor}"
         casts = (self.config.cast(first_use), self.config.cast(second_use))
-        needed = any(_needs_amax(cast) for cast in casts)
-        amax = _global_amax(t, self._amax_group(tensor)) if needed else None
+        needed = any(needs_amax(cast) for cast in casts)
+        amax = global_amax(t, self._amax_group(tensor), self.config) if needed else None
         if amax is not None and self._records(tensor):
             record_amax(getattr(self, f"float8_amax_{tensor}"), amax)
         pow2 = self.config.round_scales_to_power_of_2
-        first = _scalar_scale(casts[0], amax, self._stored_scale(tensor, first_use), pow2)
+        first = scalar_scale(casts[0], amax, self._stored_scale(tensor, first_use), pow2)
         if self.config.shares_cast(tensor):
             return first, None  # as the first
-        return first, _scalar_scale(casts[1], amax, self._stored_scale(tensor, second_use), pow2)
+        return first, scalar_scale(casts[1], amax, self._stored_scale(tensor, second_use), pow2)
 
     def _amax_group(self, tensor: str) -> str | None:
         return None if self.amax_groups is None else self.amax_groups.get(tensor)

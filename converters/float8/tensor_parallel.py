@@ -43,7 +43,7 @@ from torch.distributed.tensor.placement_types import Placement
 from converters.float8.config import CastConfig, Float8LinearConfig, ScalingType
 from converters.float8.fsdp import GatheredFloat8, plain, shard_for_float8_gather
 from converters.float8.linear import Float8Linear
-from converters.float8.scaling import cast_to_float8, compute_amax, scale_from_amax
+from converters.float8.scaling import amax_of, cast_with_scale, scale_from_amax
 from parallelisms.tensor_parallel import SharedInputStyle
 
 _SEQUENCE, _WHOLE = Shard(1), Replicate()
@@ -58,13 +58,14 @@ class _Wire:
     dim: int
     dtype: torch.dtype
     power_of_2: bool
+    cast_kernels: str
 
     def gather(self, local: Tensor) -> Tensor:
         """Cast with the group's scale, and gather bytes."""
-        amax = compute_amax(local).to(torch.float32)
+        amax = amax_of(local, self.cast_kernels).to(torch.float32)
         amax = funcol.wait_tensor(funcol.all_reduce(amax, "max", self.group))
         scale = scale_from_amax(amax, self.dtype, self.power_of_2)
-        data = cast_to_float8(local, scale, self.dtype).contiguous().view(torch.uint8)
+        data = cast_with_scale(local, scale, self.dtype, self.cast_kernels).contiguous().view(torch.uint8)
         gathered = torch.ops._c10d_functional.all_gather_into_tensor(data, self.ranks, self.group)
         gathered = torch.ops._c10d_functional.wait_tensor(gathered)
         if self.dim:
@@ -275,7 +276,14 @@ def _split(
 def _wire(mesh: DeviceMesh, layout: Placement, cast: CastConfig, config: Float8LinearConfig) -> _Wire:
     assert isinstance(layout, Shard)
     group = mesh.get_group().group_name
-    return _Wire(group, mesh.size(), layout.dim, cast.dtype, config.round_scales_to_power_of_2)
+    return _Wire(
+        group,
+        mesh.size(),
+        layout.dim,
+        cast.dtype,
+        config.round_scales_to_power_of_2,
+        config.cast_kernels,
+    )
 
 
 def _local(x: Tensor, mesh: DeviceMesh, layout: Placement) -> Tensor:

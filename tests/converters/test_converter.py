@@ -82,6 +82,13 @@ def test_sections_have_the_documented_defaults() -> None:
         ({"scaling_type_weight": "static"}, "scaling_type_weight", "static_scale_weight"),
         ({"static_scale_input": 2.0}, "static_scale_input", "no effect"),
         ({"filter_fqns": ["output", " "]}, "filter_fqns", "empty"),
+        ({"saved_input": "float8"}, "saved_input", "needs cast_kernels"),
+        (
+            {"saved_input": "float8", "cast_kernels": "triton", "recipe_name": "rowwise_with_gw_hp"},
+            "saved_input",
+            "no effect with recipe_name",
+        ),
+        ({"keep_float8_shards": True}, "keep_float8_shards", "no effect without"),
     ],
 )
 def test_problems(settings: dict[str, object], key: str, text: str) -> None:
@@ -91,6 +98,22 @@ def test_problems(settings: dict[str, object], key: str, text: str) -> None:
     with pytest.raises(ValueError, match=f"quantize.linear.float8.{key}"):
         CONVERTERS["float8"].build(section, CPU)
     assert text in found[key] or text == "dynamic"
+
+
+def test_kernel_settings_reach_the_layers(caplog: pytest.LogCaptureFixture) -> None:
+    section = Float8SectionConfig(
+        cast_kernels="triton",
+        saved_input="float8",
+        enable_fsdp_float8_all_gather=True,
+        keep_float8_shards=True,
+    )
+    config = linear_config(section)
+    assert (config.cast_kernels, config.saved_input, config.keep_float8_shards) == ("triton", "float8", True)
+    converter = CONVERTERS["float8"].build(section, CPU)
+    assert torch.ops.octavo.cast_both.default in converter.ops_to_save()
+    assert "'triton' runs as plain PyTorch here" in caplog.text
+    plain = CONVERTERS["float8"].build(Float8SectionConfig(cast_kernels="triton"), CPU)
+    assert torch.ops.octavo.cast_both.default not in plain.ops_to_save()
 
 
 def test_explicit_tensorwise_with_all_gather_is_accepted() -> None:

@@ -53,6 +53,7 @@ CASES = {
     "with_output": {"filter_fqns": []},
     "wk_wv_filtered": {"filter_fqns": ["output", "wk", "wv"]},
     "power_of_2": {"filter_fqns": ["output"], "round_scales_to_power_of_2": True},
+    "cast_kernels": {"filter_fqns": ["output"], "cast_kernels": "triton", "saved_input": "float8"},
     "rowwise": {"filter_fqns": ["output"], "recipe_name": "rowwise"},
     "rowwise_with_gw_hp": {"filter_fqns": ["output"], "recipe_name": "rowwise_with_gw_hp"},
     "delayed": {
@@ -60,6 +61,7 @@ CASES = {
         **{f"scaling_type_{tensor}": "delayed" for tensor in ("input", "weight", "grad_output")},
     },
 }
+COMPILED = ("tensorwise", "wk_wv_filtered", "cast_kernels")
 
 
 class Gathers(TorchDispatchMode):
@@ -202,7 +204,7 @@ def worker(rank, folder):
             gathers = Gathers()
             got = loss_and_gradients(model, gathers)
             found[case] = (*compare(got, want), dict(gathers.calls), dict(gathers.sent_bytes))
-            if case in ("tensorwise", "wk_wv_filtered"):
+            if case in COMPILED:
                 calls = Counter()
                 compiled, _ = build(case, mesh, counting_backend(calls))
                 found["compiled_" + case] = (*compare(loss_and_gradients(compiled), want), dict(calls))
@@ -230,10 +232,10 @@ def found():
         return torch.load(Path(folder) / "found0")
 
 
-SCALED_AS_ONE = ["tensorwise", "with_output", "wk_wv_filtered", "power_of_2", "delayed"]
+SCALED_AS_ONE = ["tensorwise", "with_output", "wk_wv_filtered", "power_of_2", "delayed", "cast_kernels"]
 
 
-@pytest.mark.parametrize("case", [*SCALED_AS_ONE, "compiled_tensorwise", "compiled_wk_wv_filtered"])
+@pytest.mark.parametrize("case", [*SCALED_AS_ONE, *(f"compiled_{case}" for case in COMPILED)])
 def test_a_scale_for_the_whole_tensor_gives_what_one_process_gives(found, case):
     """Not only to float8 accuracy: the float8 elements are the same, so what is left is fp32 rounding."""
     loss, sqnr_db, name = found[case][:3]
@@ -253,7 +255,7 @@ PART = BATCH * (SEQ // 2) * DIM
 ENDS = 2
 
 
-@pytest.mark.parametrize("case", ["tensorwise", "power_of_2"])
+@pytest.mark.parametrize("case", ["tensorwise", "power_of_2", "cast_kernels"])
 def test_every_gather_of_a_block_travels_in_float8(found, case):
     """Two forward (one for wq wk wv, one for w1 w3) and two backward (wo, w2), a byte an element."""
     calls, sent_bytes = found[case][3:]
@@ -280,6 +282,7 @@ def test_other_recipes_gather_in_high_precision(found, case):
 def test_a_compiled_block_gathers_in_float8(found):
     """Forward and backward graph of the one block that is compiled for all."""
     assert found["compiled_tensorwise"][3] == {"uint8": 4}
+    assert found["compiled_cast_kernels"][3] == {"uint8": 4}
     assert found["compiled_wk_wv_filtered"][3] == {"uint8": 3, "float32": 1}
 
 

@@ -17,9 +17,11 @@ from converters.float8 import (
     convert_to_float8_training,
     precompute_float8_dynamic_scale_for_fsdp,
 )
-from converters.float8.fsdp import FSDPFloat8Shard, GatheredFloat8
+from converters.float8.fsdp import FSDPFloat8Shard, GatheredFloat8, GatherSettings, _amaxes
+from converters.float8.scaling import scale_from_amax
 
 WORLD = 2
+KERNELS = {"cast_kernels": "triton", "saved_input": "float8", "keep_float8_shards": True}
 
 
 def build(config: Float8LinearConfig) -> nn.Module:
@@ -48,8 +50,14 @@ def worker(rank: int, rendezvous: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
     try:
         want = train(build(Float8LinearConfig()), precompute=False)
-        for gather, precompute in ((False, False), (True, False), (True, True)):
-            model = build(Float8LinearConfig(enable_fsdp_float8_all_gather=gather))
+        for gather, precompute, fields in (
+            (False, False, {}),
+            (True, False, {}),
+            (True, True, {}),
+            (True, False, KERNELS),
+            (True, True, KERNELS),
+        ):
+            model = build(Float8LinearConfig(enable_fsdp_float8_all_gather=gather, **fields))
             for layer in (model[0], model[2]):
                 fully_shard(layer)
             fully_shard(model)
@@ -86,3 +94,54 @@ def worker(rank: int, rendezvous: str) -> None:
 def test_two_ranks() -> None:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(worker, args=(str(Path(folder) / "rendezvous"),), nprocs=WORLD)
+
+
+def shard(settings: GatherSettings, *shape: int) -> FSDPFloat8Shard:
+    return FSDPFloat8Shard(torch.randn(shape), settings)
+
+
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_kept_shard_is_cast_again_when_the_weight_changes(precomputed: bool) -> None:
+    one = shard(GatherSettings(torch.float8_e4m3fn, False, None, "triton", keep=True), 16, 32)
+    if precomputed:
+        one._scale = torch.tensor(3.0)
+    data, scale = one.float8(None)
+    assert torch.equal(data.float(), (one._tensor * scale).to(torch.float8_e4m3fn).float())
+    again, same_scale = one.float8(None)
+    assert again is data
+    assert same_scale is scale
+
+    def through_the_wrapper() -> None:
+        torch.ops.aten.mul_.Scalar(one, 2)
+
+    def past_the_wrapper() -> None:
+        one._tensor.view(-1).mul_(2)
+
+    def past_the_dispatcher() -> None:
+        one._tensor.data.mul_(2)
+        one._scale = None
+
+    for write in (through_the_wrapper, past_the_wrapper, past_the_dispatcher):
+        write()
+        data, scale = one.float8(None)
+        assert scale.item() == scale_from_amax(one._tensor.abs().max(), data.dtype).item()
+        assert torch.equal(data.float(), (one._tensor * scale).to(torch.float8_e4m3fn).float())
+        assert one.float8(None)[0] is data
+    one._scale = torch.tensor(5.0)  # precomputed for the next step
+    assert torch.equal(one.float8(None)[0].float(), (one._tensor * 5).clamp(-448, 448).to(data.dtype).float())
+
+
+def test_a_shard_is_not_kept_unless_asked() -> None:
+    one = shard(GatherSettings(torch.float8_e4m3fn, False), 16, 32)
+    assert one.float8(None)[0] is not one.float8(None)[0]
+    assert one._scale is None
+
+
+def test_amaxes_of_all_shards_at_once() -> None:
+    for kernels in ("torch", "triton"):
+        settings = GatherSettings(torch.float8_e4m3fn, False, None, kernels)
+        shards = [shard(settings, 8, 16), shard(settings, 0, 16), shard(settings, 1, 16)]
+        shards[2]._tensor[0, 3] = float("nan")
+        amaxes = _amaxes(shards)
+        assert amaxes[:2].tolist() == [shards[0]._tensor.abs().max().item(), 0.0]
+        assert amaxes[2].isnan()

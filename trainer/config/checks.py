@@ -103,6 +103,7 @@ def problems(loaded: Loaded, world_size: int | None = None) -> list[Problem]:
     found += _parallel_problems(loaded)
     found += _combination_problems(loaded)
     found += fsdp_problems(loaded)
+    found += _float8_problems(loaded)
     if world_size is not None:
         found += _world_problems(loaded, world_size)
     return found
@@ -245,6 +246,13 @@ def _combination_problems(loaded: Loaded) -> Iterator[Problem]:
             "steps inside backward, so gradients cannot accumulate: leave training.global_batch_size at -1"
         )
         yield loaded.problem("optimizer.early_step_in_backward", message)
+
+
+def _float8_problems(loaded: Loaded) -> Iterator[Problem]:
+    c = loaded.config
+    if c.quantize.linear.float8.keep_float8_shards and c.training.enable_cpu_offload:
+        message = "has no effect with training.enable_cpu_offload: shards are on the CPU, and cast on the GPU"
+        yield loaded.problem("quantize.linear.float8.keep_float8_shards", message)
 
 
 def _world_problems(loaded: Loaded, world_size: int) -> Iterator[Problem]:

@@ -33,7 +33,9 @@ def block_memory(config: Any, model: ModelShape, layout: Layout) -> BlockMemory:
     """Activation sizes of the model's blocks under this layout."""
     compiled = config.compile.enable and "model" in config.compile.components
     kept = sum(p.local_numel for p in model.block if p.gather_bytes_per_element == 1)
-    if config.quantize.linear.float8.force_recompute_fp8_weight_in_bwd:
+    float8 = config.quantize.linear.float8
+    # Triton's casts turn a gathered weight in backward.
+    if float8.force_recompute_fp8_weight_in_bwd or float8.cast_kernels == "triton":
         kept = 0
     return BlockMemory(model.sizes, layout.tokens, layout.tp, element_bytes(config), compiled, kept)
 

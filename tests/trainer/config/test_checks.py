@@ -50,6 +50,15 @@ def found(*flags, world_size=1):
             1,
             "offloaded parameters are stepped on the host",
         ),
+        (
+            [
+                "--float8.enable_fsdp_float8_all_gather",
+                "--float8.keep_float8_shards",
+                "--training.enable_cpu_offload",
+            ],
+            1,
+            "keep_float8_shards: has no effect with training.enable_cpu_offload",
+        ),
     ],
 )
 def test_refusals(flags, world_size, expected):

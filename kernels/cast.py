@@ -1,0 +1,193 @@
+"""Casts to float8 that read a tensor once, for GEMMs that want both operands contraction-contiguous.
+
+A tensor t (M, K) serves two GEMMs: one sums over K and reads its rows, the other sums over M and reads its
+columns, that is the rows of tᵀ. So it is wanted as t8 (M, K) and as t8ᵀ (K, M), both row-major. With one
+scale for all of t, or with one per row for t8 and one per column for t8ᵀ:
+
+    op                      reads and writes, bytes an element (bf16 in)             from PyTorch ops
+    amax                    2                                                        6
+    cast_float8             2 + 1                                                    27
+    cast_both               2 + 1 + 1                                                29
+    cast_transposed         2 + 1                                                    29
+    transpose_float8        1 + 1                                                    2, uncoalesced
+    cast_rows               2 + 1; the second look at a row finds it in L2           33
+    cast_columns            2 + 2 + 1                                                35
+    cast_rows_and_columns   2 + 1, 2 + 1                                             68
+
+fp32 tensors read 4 where bf16 ones read 2. The last column is eager PyTorch, whose steps are passes over
+fp32 temporaries; a compiler fuses them, but stores t8ᵀ from a row-wise walk, a byte here and a byte there.
+
+All follow `kernels.scaling` to the last bit: explicit saturation, NaN stays NaN, scales divided in fp64.
+M and K may be zero and need not be divisible by anything. A dtype that the Triton kernels do not know (fp64
+in; AMD's fnuz formats out) takes the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.scaling import cast_to_float8, compute_amax, scale_from_amax
+from kernels.support import runs_float8_triton
+
+_INPUTS = (torch.float32, torch.bfloat16, torch.float16)
+_FORMATS = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def _launches(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> bool:
+    return x.numel() > 0 and x.dtype in _INPUTS and dtype in _FORMATS and runs_float8_triton(x.device)
+
+
+def cast_both_reference(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x8 (M, K) and x8ᵀ (K, M) of x (M, K), with one scale."""
+    x8 = cast_to_float8(x, scale, dtype).contiguous()
+    return x8, _transposed(x8)
+
+
+def cast_rows_reference(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
+    """x8 (M, K) of x (M, K) and its scales (M, 1), each of its row's amax."""
+    scale = scale_from_amax(compute_amax(x, -1), dtype, power_of_2)
+    return cast_to_float8(x, scale, dtype).contiguous(), scale
+
+
+def cast_columns_reference(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
+    """x8ᵀ (K, M) of x (M, K) and its scales (1, K), each of its column's amax."""
+    scale = scale_from_amax(compute_amax(x, 0), dtype, power_of_2)
+    return _transposed(cast_to_float8(x, scale, dtype)), scale
+
+
+def _transposed(x: Tensor) -> Tensor:
+    # clone and not contiguous(): of one row or column the latter is the same memory, which no op may return.
+    return x.t().clone(memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("octavo::amax", mutates_args=())
+def amax(x: Tensor) -> Tensor:
+    """Max |x| as a scalar of x's dtype; of nothing it is 0."""
+    if _launches(x):
+        from kernels.triton import cast
+
+        return cast.amax(x)
+    return compute_amax(x)
+
+
+@amax.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(())
+
+
+@torch.library.custom_op("octavo::cast_float8", mutates_args=())
+def cast_float8(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """X8 of x's shape (any), row-major, with one scale."""
+    if _launches(x, dtype):
+        from kernels.triton import cast
+
+        return cast.cast_float8(x, scale, dtype)
+    return cast_to_float8(x, scale, dtype).contiguous()
+
+
+@cast_float8.register_fake
+def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.custom_op("octavo::cast_both", mutates_args=())
+def cast_both(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See `cast_both_reference`."""
+    if _launches(x, dtype):
+        from kernels.triton import cast
+
+        return cast.cast_both(x, scale, dtype)
+    return cast_both_reference(x, scale, dtype)
+
+
+@cast_both.register_fake
+def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((x.shape[1], x.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("octavo::cast_transposed", mutates_args=())
+def cast_transposed(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x8ᵀ (K, M) of x (M, K), with one scale."""
+    if _launches(x, dtype):
+        from kernels.triton import cast
+
+        return cast.cast_transposed(x, scale, dtype)
+    return _transposed(cast_to_float8(x, scale, dtype))
+
+
+@cast_transposed.register_fake
+def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((x.shape[1], x.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("octavo::transpose_float8", mutates_args=())
+def transpose_float8(x: Tensor, after: Tensor | None = None) -> Tensor:
+    """xᵀ (C, R), row-major, of a float8 matrix x (R, C).
+
+    `after` is not read. A tensor that only backward has keeps a compiler from doing this in forward already,
+    which would hold xᵀ where x is at hand anyway.
+    """
+    if x.numel() > 0 and x.element_size() == 1 and runs_float8_triton(x.device):
+        from kernels.triton import cast
+
+        return cast.transpose_float8(x)
+    return _transposed(x)
+
+
+@transpose_float8.register_fake
+def _(x: Tensor, after: Tensor | None = None) -> Tensor:
+    return x.new_empty((x.shape[1], x.shape[0]))
+
+
+@torch.library.custom_op("octavo::cast_rows", mutates_args=())
+def cast_rows(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
+    """See `cast_rows_reference`."""
+    if _launches(x, dtype):
+        from kernels.triton import cast
+
+        return cast.cast_rows(x, dtype, power_of_2)
+    return cast_rows_reference(x, dtype, power_of_2)
+
+
+@cast_rows.register_fake
+def _(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
+@torch.library.custom_op("octavo::cast_columns", mutates_args=())
+def cast_columns(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
+    """See `cast_columns_reference`."""
+    if _launches(x, dtype):
+        from kernels.triton import cast
+
+        return cast.cast_columns(x, dtype, power_of_2)
+    return cast_columns_reference(x, dtype, power_of_2)
+
+
+@cast_columns.register_fake
+def _(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
+    x8t = x.new_empty((x.shape[1], x.shape[0]), dtype=dtype)
+    return x8t, x.new_empty((1, x.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("octavo::cast_rows_and_columns", mutates_args=())
+def cast_rows_and_columns(
+    x: Tensor, dtype: torch.dtype, power_of_2: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `cast_rows` and then what `cast_columns` give: x8, its scales, x8ᵀ, its scales."""
+    if _launches(x, dtype):
+        from kernels.triton import cast
+
+        return cast.cast_rows_and_columns(x, dtype, power_of_2)
+    return (*cast_rows_reference(x, dtype, power_of_2), *cast_columns_reference(x, dtype, power_of_2))
+
+
+@cast_rows_and_columns.register_fake
+def _(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape, dtype=dtype),
+        x.new_empty((x.shape[0], 1), dtype=torch.float32),
+        x.new_empty((x.shape[1], x.shape[0]), dtype=dtype),
+        x.new_empty((1, x.shape[1]), dtype=torch.float32),
+    )

@@ -1,0 +1,395 @@
+"""Float8Linear on the cast kernels: the same bits as on PyTorch's casts, and one cast where one is enough.
+
+Without a GPU the operators are their reference, so this is about who casts what, how often and what is kept.
+"""
+
+import copy
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from converters.float8 import (
+    CastConfig,
+    Float8Linear,
+    Float8LinearConfig,
+    ScalingGranularity,
+    ScalingType,
+    convert_to_float8_training,
+    sync_float8_amax_and_scale_history,
+)
+from converters.float8.fsdp import GatheredFloat8
+from converters.float8.gemm import CPU_HAS_ROW_SCALES
+from converters.float8.linear import CASTS_TO_SAVE, OPS_TO_SAVE
+from converters.float8.scaling import cast_to_float8, compute_amax, scale_from_amax
+
+_DELAYED = CastConfig(scaling_type=ScalingType.DELAYED)
+_STATIC = CastConfig(scaling_type=ScalingType.STATIC, static_scale=torch.tensor(16.0))
+_OFF = CastConfig(scaling_type=ScalingType.DISABLED)
+_BY_ROW = CastConfig(scaling_granularity=ScalingGranularity.AXISWISE)
+CONFIGS = {
+    "tensorwise": {},
+    "power_of_2": {"round_scales_to_power_of_2": True},
+    "rowwise": vars(Float8LinearConfig.from_recipe_name("rowwise")),
+    "rowwise_with_gw_hp": vars(Float8LinearConfig.from_recipe_name("rowwise_with_gw_hp")),
+    "delayed": dict.fromkeys(
+        ("cast_config_input", "cast_config_weight", "cast_config_grad_output"), _DELAYED
+    ),
+    "static": dict.fromkeys(("cast_config_input", "cast_config_weight"), _STATIC),
+    "padded": {"pad_inner_dim": True},
+    "emulated": {"emulate": True},
+    "two_kinds": {"cast_config_input_for_grad_weight": _BY_ROW, "cast_config_weight_for_grad_input": _BY_ROW},
+    "output_in_high_precision": {"cast_config_input": _OFF, "cast_config_weight": _OFF}
+    | {
+        "cast_config_input_for_grad_weight": CastConfig(),
+        "cast_config_weight_for_grad_input": CastConfig(),
+    },
+}
+READS_INPUT_IN_FLOAT8 = [name for name in CONFIGS if name != "rowwise_with_gw_hp"]
+
+
+def config(name: str, **fields: object) -> Float8LinearConfig:
+    return Float8LinearConfig(**{**CONFIGS[name], **fields})
+
+
+def train(layer: nn.Module, x: Tensor, dy: Tensor, forward: nn.Module | None = None) -> list[Tensor]:
+    """Outputs and gradients of two steps."""
+    found = []
+    for _ in range(2):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = (layer if forward is None else forward)(leaf)
+        y.backward(dy.to(y.dtype))
+        found += [y.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters())]
+        if any("amax_history" in name for name, _ in layer.named_buffers()):
+            sync_float8_amax_and_scale_history(layer)
+    return found
+
+
+def equal(got: list[Tensor], want: list[Tensor]) -> bool:
+    return all(a.dtype is b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0,), (7,), (3, 16)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_eager_numbers_are_those_of_the_plain_casts(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    k = 40 if name == "padded" else 64
+    layer = Float8Linear(k, 32, dtype=dtype, config=config(name))
+    x, dy = torch.randn(*shape, k, dtype=dtype), torch.randn(*shape, 32)
+    want = train(layer, x, dy)
+    for saved in ("high_precision", "float8") if name in READS_INPUT_IN_FLOAT8 else ("high_precision",):
+        other = Float8Linear.from_float(
+            nn.Linear(k, 32, dtype=dtype), config(name, cast_kernels="triton", saved_input=saved)
+        )
+        other.load_state_dict(layer.state_dict())
+        assert equal(train(other, x, dy), want)
+
+
+@pytest.mark.parametrize("saved", ["high_precision", "float8"])
+def test_autocast_frozen_parts_and_no_grad(saved: str) -> None:
+    plain = Float8Linear(64, 32)
+    layer = copy.deepcopy(plain)
+    layer._set_config(Float8LinearConfig(cast_kernels="triton", saved_input=saved))
+    x = torch.randn(16, 64)
+    with torch.no_grad():
+        assert torch.equal(layer(x), plain(x))
+    for frozen in (False, True):
+        results = []
+        for each in (plain, layer):
+            each.zero_grad()
+            each.weight.requires_grad_(not frozen)
+            leaf = x.clone().requires_grad_()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = each(leaf)
+            y.sum().backward()  # an expanded gradient
+            results.append([y.detach(), leaf.grad, *([] if frozen else [each.weight.grad])])
+        assert equal(*results)
+
+
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """The tensors that autograd saves, by dtype and shape."""
+
+    def __init__(self) -> None:
+        self.found: Counter[tuple[torch.dtype, tuple[int, ...]]] = Counter()
+
+        def pack(t: Tensor) -> Tensor:
+            if t.dim() == 2:
+                self.found[t.dtype, tuple(t.shape)] += 1
+            return t
+
+        super().__init__(pack, lambda t: t)
+
+
+@pytest.mark.parametrize("name", ["tensorwise", "rowwise"])
+def test_what_eager_keeps_of_the_input(name: str) -> None:
+    x = torch.randn(48, 64, dtype=torch.bfloat16, requires_grad=True)
+    for saved, of_input in (
+        ("high_precision", (torch.bfloat16, (48, 64))),
+        ("float8", (torch.float8_e4m3fn, (64, 48))),
+    ):
+        layer = Float8Linear(64, 32, bias=False, dtype=torch.bfloat16)
+        layer._set_config(config(name, cast_kernels="triton", saved_input=saved))
+        kept = Kept()
+        with kept:
+            layer(x)
+        scales = {(torch.float32, (1, 64)): 1} if (name, saved) == ("rowwise", "float8") else {}
+        assert kept.found == {of_input: 1, (torch.bfloat16, (32, 64)): 1, **scales}
+
+
+class Calls(TorchDispatchMode):
+    """How often each of our operators runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).removesuffix(".default")
+        if name.startswith("octavo"):
+            self.found[name.removeprefix("octavo.")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "saved", "forward", "backward"),
+    [
+        # amax of x, w; x8, w8 | amax of dy; dy8 and dy8ᵀ; w8ᵀ, x8ᵀ
+        (
+            "tensorwise",
+            "high_precision",
+            {"amax": 2, "cast_float8": 2},
+            {"amax": 1, "cast_both": 1, "cast_transposed": 2},
+        ),
+        (
+            "tensorwise",
+            "float8",
+            {"amax": 2, "cast_both": 1, "cast_float8": 1},
+            {"amax": 1, "cast_both": 1, "cast_transposed": 1},
+        ),
+        ("rowwise", "high_precision", {"cast_rows": 2}, {"cast_rows_and_columns": 1, "cast_columns": 2}),
+        (
+            "rowwise",
+            "float8",
+            {"cast_rows_and_columns": 1, "cast_rows": 1},
+            {"cast_rows_and_columns": 1, "cast_columns": 1},
+        ),
+        (
+            "rowwise_with_gw_hp",
+            "high_precision",
+            {"amax": 1, "cast_rows": 2},
+            {"cast_rows": 1, "cast_transposed": 1},
+        ),
+        (
+            "static",
+            "float8",
+            {"cast_both": 1, "cast_float8": 1},
+            {"amax": 1, "cast_both": 1, "cast_transposed": 1},
+        ),
+    ],
+)
+def test_casts_of_one_linear(
+    name: str, saved: str, forward: dict[str, int], backward: dict[str, int]
+) -> None:
+    layer = Float8Linear(64, 32, config=config(name, cast_kernels="triton", saved_input=saved))
+    x = torch.randn(16, 64, requires_grad=True)
+    with Calls() as calls:
+        y = layer(x)
+    assert calls.found == forward
+    with Calls() as calls:
+        y.sum().backward()
+    assert calls.found == backward
+
+
+class Block(nn.Module):
+    """A block's linears: three read one input, two another."""
+
+    def __init__(self, dim: int = 64, hidden: int = 128) -> None:
+        super().__init__()
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        for name, size in {"wq": (dim, dim), "wk": (dim, 32), "wv": (dim, 32), "wo": (32, dim)}.items():
+            setattr(self, name, nn.Linear(*size, bias=False))
+        for name, size in {"w1": (dim, hidden), "w2": (hidden, dim), "w3": (dim, hidden)}.items():
+            setattr(self, name, nn.Linear(*size, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.attention_norm(x)
+        h = x + self.wo(torch.sigmoid(self.wq(n)[..., :32] * self.wk(n)) * self.wv(n))
+        n = self.ffn_norm(h)
+        return h + self.w2(nn.functional.silu(self.w1(n)) * self.w3(n))
+
+
+LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, block: nn.Module, ops: tuple[object, ...]) -> None:
+        super().__init__()
+        self.block = block
+
+        def policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+            return CheckpointPolicy.MUST_SAVE if op in ops else CheckpointPolicy.PREFER_RECOMPUTE
+
+        self.context_fn = partial(create_selective_checkpoint_contexts, policy)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, use_reentrant=False, context_fn=self.context_fn)
+
+
+def graphs(
+    block: nn.Module, wrap: object = lambda block: block
+) -> tuple[list[Counter[str]], Counter[object]]:
+    """Ops of the compiled forward and backward, and the float8 tensors that pass from one to the other."""
+    seen: list[torch.fx.Graph] = []
+
+    def look(module, inputs):
+        seen.append(module.graph)
+        return make_boxed_func(module.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=look, partition_fn=min_cut_rematerialization_partition)
+    compiled = torch.compile(block if wrap is None else wrap(block), backend=backend, fullgraph=True)
+    compiled(torch.randn(2, 48, 64, dtype=torch.bfloat16, requires_grad=True)).float().sum().backward()
+    calls = [Counter(str(node.target).removesuffix(".default") for node in graph.nodes) for graph in seen]
+    outputs = next(node for node in seen[0].nodes if node.op == "output").args[0][1:]
+    values = [node.meta["val"] for node in outputs if node is not None and node.op == "call_function"]
+    saved = [v for v in values if isinstance(v, Tensor) and v.dtype is torch.float8_e4m3fn]
+    return calls, Counter(tuple(sorted(v.shape)) for v in saved)
+
+
+def casts(calls: Counter[str]) -> dict[str, int]:
+    wanted = ("aten.amax", "aten._scaled_mm", "octavo.")
+    return {name.split(".")[1]: n for name, n in calls.items() if name.startswith(wanted)}
+
+
+WEIGHTS = Counter({(64, 64): 1, (32, 64): 3, (64, 128): 3})
+INPUTS = Counter({(64, 96): 2, (32, 96): 1, (96, 128): 1})
+TENSORWISE_BACKWARD = {"amax": 7, "cast_both": 7, "_scaled_mm": 14}
+
+
+@pytest.mark.parametrize(
+    ("fields", "forward", "backward", "saved"),
+    [
+        # Seven linears, but four inputs: each has one amax and one cast.
+        ({"saved_input": "float8"}, {"amax": 11, "cast_both": 11}, TENSORWISE_BACKWARD, WEIGHTS + INPUTS),
+        (
+            {"saved_input": "float8", "force_recompute_fp8_weight_in_bwd": True},
+            {"amax": 11, "cast_both": 4, "cast_float8": 7},
+            {**TENSORWISE_BACKWARD, "cast_transposed": 7},
+            INPUTS,
+        ),
+        # The compiler is free to cast the saved form in forward, and here does.
+        (
+            {"force_recompute_fp8_weight_in_bwd": True},
+            {"amax": 11, "cast_float8": 11, "cast_transposed": 4},
+            {**TENSORWISE_BACKWARD, "cast_transposed": 7},
+            INPUTS,
+        ),
+        (
+            {**vars(Float8LinearConfig.from_recipe_name("rowwise")), "saved_input": "float8"},
+            {"cast_rows_and_columns": 11},
+            {"cast_rows_and_columns": 7, "_scaled_mm": 14},
+            WEIGHTS + INPUTS,
+        ),
+    ],
+    ids=["saved", "weight_recomputed", "left_to_the_compiler", "rowwise"],
+)
+def test_compiled_block_casts_each_tensor_once(
+    fields: dict[str, object],
+    forward: dict[str, int],
+    backward: dict[str, int],
+    saved: Counter[tuple[int, ...]],
+) -> None:
+    if "cast_rows_and_columns" in forward and not CPU_HAS_ROW_SCALES:
+        forward, backward = (
+            {k: v for k, v in calls.items() if k != "_scaled_mm"} for calls in (forward, backward)
+        )
+        pytest.skip("row-scaled GEMMs are emulated on a CPU by this torch")
+    block = convert_to_float8_training(
+        Block().to(torch.bfloat16), config=Float8LinearConfig(**{**fields, "cast_kernels": "triton"})
+    )
+    (in_forward, in_backward), found = graphs(block)
+    assert casts(in_forward) == {**forward, "_scaled_mm": 7}
+    assert casts(in_backward) == backward
+    assert found == saved
+
+
+def test_gathered_weights_are_turned_in_backward_and_not_kept_turned() -> None:
+    block = convert_to_float8_training(
+        Block().to(torch.bfloat16), config=Float8LinearConfig(cast_kernels="triton", saved_input="float8")
+    )
+    for name in LINEARS:
+        linear = getattr(block, name)
+        weight = linear.weight.detach()
+        scale = scale_from_amax(compute_amax(weight), torch.float8_e4m3fn)
+        data = cast_to_float8(weight, scale, torch.float8_e4m3fn)
+        linear.weight = nn.Parameter(GatheredFloat8(data, scale, torch.bfloat16))
+    (in_forward, in_backward), saved = graphs(block)
+    assert casts(in_forward) == {"amax": 4, "cast_both": 4, "_scaled_mm": 7}
+    assert casts(in_backward) == {**TENSORWISE_BACKWARD, "transpose_float8": 7}
+    assert saved == INPUTS
+
+
+def test_checkpointed_block_saves_casts_where_asked() -> None:
+    block = Block().to(torch.bfloat16)
+    for saved, ops, again in (
+        ("high_precision", OPS_TO_SAVE, {"cast_transposed": 11}),
+        ("float8", OPS_TO_SAVE + CASTS_TO_SAVE, {"cast_transposed": 7}),
+    ):
+        fields = {"cast_kernels": "triton", "saved_input": saved, "force_recompute_fp8_weight_in_bwd": True}
+        converted = convert_to_float8_training(copy.deepcopy(block), config=Float8LinearConfig(**fields))
+        (_, in_backward), kept = graphs(converted, partial(Checkpointed, ops=ops))
+        assert casts(in_backward) == {**TENSORWISE_BACKWARD, **again}
+        assert kept == (INPUTS if saved == "float8" else Counter())
+
+
+@pytest.mark.parametrize("saved", ["high_precision", "float8"])
+@pytest.mark.parametrize("name", ["tensorwise", "rowwise", "delayed"])
+def test_checkpointed_equals_eager(name: str, saved: str) -> None:
+    torch.manual_seed(0)
+    block = convert_to_float8_training(Block(), config=config(name))
+    x, dy = torch.randn(32, 64), torch.randn(32, 64)
+    model = convert_to_float8_training(Block(), config=config(name, cast_kernels="triton", saved_input=saved))
+    model.load_state_dict(block.state_dict())
+    checkpointed = Checkpointed(copy.deepcopy(model), OPS_TO_SAVE + CASTS_TO_SAVE)
+    want = train(block, x, dy)
+    assert equal(train(model, x, dy), want)
+    assert equal(train(checkpointed, x, dy), want)
+
+
+@pytest.mark.parametrize(("name", "saved"), [("delayed", "float8"), ("rowwise", "high_precision")])
+def test_compiled_equals_eager(name: str, saved: str) -> None:
+    if name == "rowwise" and not CPU_HAS_ROW_SCALES:
+        pytest.skip("inductor before torch 2.13 compiles this to wrong values on a CPU")
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    fields = {"cast_kernels": "triton", "saved_input": saved}
+    # Without a bias: a compiler sums its gradient in another order.
+    layer = Float8Linear(64, 32, bias=False, config=config(name, **fields))
+    x, dy = torch.randn(32, 64), torch.randn(32, 32)
+    other = copy.deepcopy(layer)
+    assert equal(train(other, x, dy, torch.compile(other, fullgraph=True)), train(layer, x, dy))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cast_kernels": "cuda"}, "cast_kernels is 'cuda'"),
+        ({"saved_input": "fp8", "cast_kernels": "triton"}, "saved_input is 'fp8'"),
+        ({"saved_input": "float8"}, "needs cast_kernels='triton'"),
+        ({**CONFIGS["rowwise_with_gw_hp"], "saved_input": "float8", "cast_kernels": "triton"}, "no effect"),
+        ({"keep_float8_shards": True}, "no effect without enable_fsdp_float8_all_gather"),
+    ],
+)
+def test_settings_without_effect_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Float8LinearConfig(**fields)
