@@ -138,18 +138,23 @@ class Llama3(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.tie_output()
 
-    def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, document_ids: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """Predict each next token.
 
         Args:
             tokens: (B, S) int64; (B, S, D) hidden states where this stage has no `tok_embeddings`.
             document_ids: (B, S) integers, read where attn_mask_type is ``document``.
+            labels: (B, S) int64 for an `output` that has been made to give the loss, in place of logits.
 
         Returns:
             Logits (B, S, V); hidden states (B, S, D) where this stage has no `output`.
         """
         hidden = self.hidden_states(tokens, document_ids)
-        return hidden if self.output is None else self.output(hidden)
+        if self.output is None:
+            return hidden
+        return self.output(hidden) if labels is None else self.output(hidden, labels)
 
     def hidden_states(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """What `output` is applied to: (B, S, D), normed. Arguments as for `forward`.
