@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -93,10 +93,13 @@ class _OutputAndLoss:
             hidden = hidden.to_local()
         chunks = _Chunks(hidden.shape[:2], labels, self.chunk_tokens)
         flat = hidden.reshape(1, -1, hidden.shape[-1])
-        if torch.is_grad_enabled():
-            weights = [p for p in self.output.parameters() if p.requires_grad]
-            return _LossAndGradients.apply(flat, chunks, self._loss, *weights)
-        return torch.stack([self._loss(flat[:, own], of_own) for own, of_own in chunks]).sum()
+        if not torch.is_grad_enabled():
+            return torch.stack([self._loss(flat[:, own], of_own) for own, of_own in chunks]).sum()
+        weights = [p for p in self.output.parameters() if p.requires_grad]
+        loss, d_hidden, d_weights = _loss_and_gradients(flat.detach(), chunks, self._loss, weights)
+        # Two nodes, so that a pipeline which splits backward gets each half when it asks for it.
+        of_weights = _Given.apply(torch.zeros_like(loss), d_weights, *weights)
+        return _Given.apply(loss, [d_hidden], flat) + of_weights
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What the module's call would have given."""
@@ -140,37 +143,38 @@ class _Chunks:
         return -(-self.tokens // self.size)
 
 
-class _LossAndGradients(torch.autograd.Function):
-    """Sum of the losses; its gradients are made in forward, and scaled in backward."""
+def _loss_and_gradients(
+    hidden: Tensor, chunks: _Chunks, loss_of: LossFn, weights: list[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Sum of the losses of (1, T, D) hidden states, and its gradients: of them, and of the weights."""
+    losses: list[Tensor] = []
+    d_hidden = torch.empty_like(hidden)
+    sums: list[Tensor] = []
+    for own, labels in chunks:
+        x = hidden[:, own].detach().requires_grad_()
+        loss = loss_of(x, labels)
+        losses.append(loss.detach())
+        dx, *d_weights = torch.autograd.grad(loss, (x, *weights))
+        d_hidden[:, own] = dx
+        sums = _added(sums, d_weights, len(chunks))
+        del loss, d_weights  # before the next chunk's logits are made
+    return torch.stack(losses).sum(), d_hidden, sums
+
+
+class _Given(torch.autograd.Function):
+    """A value with gradients that are known already."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, chunks: _Chunks, loss_of: Callable[..., Tensor], *weights: Tensor
-    ) -> Tensor:
-        losses: list[Tensor] = []
-        d_hidden = torch.empty_like(hidden)
-        sums: list[Tensor] = []
-        for own, labels in chunks:
-            x = hidden[:, own].detach().requires_grad_()
-            with torch.enable_grad():
-                loss = loss_of(x, labels)
-            losses.append(loss.detach())
-            dx, *d_weights = torch.autograd.grad(loss, (x, *weights))
-            del loss
-            d_hidden[:, own] = dx
-            del dx
-            sums = _added(sums, d_weights, len(chunks))
-            del d_weights  # before the next chunk's logits are made
-        ctx.dtypes = [weight.dtype for weight in weights]
-        ctx.save_for_backward(d_hidden, *sums)
-        return torch.stack(losses).sum()
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.dtypes = [t.dtype for t in inputs]
+        ctx.save_for_backward(*gradients)
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients times that of the loss, not in place: a schedule may ask for halves of it, twice."""
-        d_hidden, *sums = ctx.saved_tensors
-        scaled = [_times(d, grads[0], dtype) for d, dtype in zip(sums, ctx.dtypes, strict=True)]
-        return (_times(d_hidden, grads[0], d_hidden.dtype), None, None, *scaled)
+        """The gradients times that of the value, which nobody has to wait for."""
+        scaled = [_times(d, grads[0], dtype) for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        return (None, None, *scaled)
 
 
 def _added(sums: list[Tensor], terms: list[Tensor], count: int) -> list[Tensor]:

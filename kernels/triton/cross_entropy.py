@@ -31,6 +31,7 @@ def rows_kernel(
     at_label,
     row_stride,
     V,
+    BLOCKS: tl.constexpr,
     LANES: tl.constexpr,
     GROUP: tl.constexpr,
 ):
@@ -40,9 +41,9 @@ def rows_kernel(
     offset = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     top = tl.full((LANES,), _LOWEST, tl.float32)
     total = tl.zeros((LANES,), tl.float32)
-    for first in range(0, V, LANES * GROUP):
-        inside = first + offset < V
-        z = tl.load(start + first + offset, mask=inside, other=float("-inf")).to(tl.float32)
+    for number in range(BLOCKS):
+        column = number * LANES * GROUP + offset
+        z = tl.load(start + column, mask=column < V, other=float("-inf")).to(tl.float32)
         # tl.max passes over NaN; the exponential below does not, so a NaN reaches the sum.
         new_top = tl.maximum(top, tl.max(z, axis=1))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top[:, None]), axis=1)
@@ -87,7 +88,16 @@ def launch_rows(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     at_label = torch.empty_like(log_sum)
     if T:
         rows_kernel[(T,)](
-            logits, index, log_sum, at_label, logits.stride(0), V, LANES=LANES, GROUP=GROUP, num_warps=WARPS
+            logits,
+            index,
+            log_sum,
+            at_label,
+            logits.stride(0),
+            V,
+            BLOCKS=triton.cdiv(V, LANES * GROUP),
+            LANES=LANES,
+            GROUP=GROUP,
+            num_warps=WARPS,
         )
     return log_sum, at_label
 
