@@ -180,6 +180,9 @@ def _parallel_problems(loaded: Loaded) -> Iterator[Problem]:
         if tp > 1 and getattr(model, name) % tp:
             message = f"{tp} does not divide {name} = {getattr(model, name)} of {config.model.flavor}"
             yield loaded.problem("parallelism.tensor_parallel_degree", message)
+    if tp > 1 and getattr(model, "norm_kernel", "torch") == "fused":
+        message = "'fused' norms a whole stream, and tensor parallelism splits it; use 'torch'"
+        yield loaded.problem("model.overrides.norm_kernel", message)
     if cp > 1:
         yield from _context_problems(loaded, model)
     if not spec.problems(model):
