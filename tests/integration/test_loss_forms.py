@@ -1,4 +1,4 @@
-"""Chunked and fused losses train as the plain one does, in every kind of layout, over gloo."""
+"""Chunked and fused losses, and fused kernels, train as the plain ones do, in every layout, over gloo."""
 
 import pytest
 
@@ -11,6 +11,8 @@ TIED = "--model.overrides.tied_output"
 TP = "--parallelism.tensor_parallel_degree=2"
 HALVED = [*VALIDATE, "--validation.steps=1", "--training.local_batch_size=2"]  # on each of two data ranks
 COMPILED = ["--compile.enable", "--compile.backend=aot_eager"]
+KERNELS = ["--model.overrides.norm_kernel=fused", "--model.overrides.swiglu_kernel=fused"]
+PER_OP = ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"]
 
 
 def test_chunks_and_the_fused_loss_follow_whole_logits(tmp_path):
@@ -33,6 +35,8 @@ def test_every_layout_and_form_of_loss(tmp_path):
     runs = {
         "fsdp_compiled": [*HALVED, CHUNKS, *COMPILED],
         "fsdp_fused": [*HALVED, FUSED],
+        "fsdp_kernels": [*HALVED, *KERNELS, *COMPILED, *PER_OP],
+        "pp_kernels": [*VALIDATE, *KERNELS, *pp("ZBVZeroBubble")],
         "tp": [*VALIDATE, TP, CHUNKS],
         "tp_fused": [*VALIDATE, TP, FUSED],
         "tp_gathered": [*VALIDATE, TP, "--parallelism.disable_loss_parallel", CHUNKS, FUSED],

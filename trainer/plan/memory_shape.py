@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from trainer.config.checks import model_config
 from trainer.plan.activations import BlockMemory, Recompute
 from trainer.plan.layout import Layout, Stage
 from trainer.plan.memory import MemoryPlan, StepShape, Unit, replay
@@ -34,7 +35,17 @@ def block_memory(config: Any, model: ModelShape, layout: Layout) -> BlockMemory:
     kept = sum(p.local_numel for p in model.block if p.gather_bytes_per_element == 1)
     if config.quantize.linear.float8.force_recompute_fp8_weight_in_bwd:
         kept = 0
-    return BlockMemory(model.sizes, layout.tokens, layout.tp, element_bytes(config), compiled, kept)
+    chosen = model_config(config)
+    return BlockMemory(
+        model.sizes,
+        layout.tokens,
+        layout.tp,
+        element_bytes(config),
+        compiled,
+        kept,
+        fused_norm=getattr(chosen, "norm_kernel", "torch") == "fused",
+        fused_product=getattr(chosen, "swiglu_kernel", "torch") == "fused",
+    )
 
 
 def element_bytes(config: Any) -> int:
