@@ -79,6 +79,10 @@ PP = "--parallelism.pipeline_parallel_"
             "'always' frees weights",
         ),
         (
+            [f"{PP}schedule=ZBVZeroBubble", "--model.overrides.norm_kernel=fused"],
+            "apart, 'fused' both at once",
+        ),
+        (
             [
                 f"{PP}schedule=InterleavedZeroBubble",
                 "--activation_checkpoint.mode=selective",
@@ -93,6 +97,29 @@ def test_refused_pipelines(flags, expected):
     assert len(messages) == 1, messages
     assert expected in messages[0]
     assert messages[0].count("\n") < 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--training.loss_chunk_tokens=1024"], ["cuts nothing: a micro-batch of a rank has 1024 tokens"]),
+        (["--training.loss_chunk_tokens=1023"], []),
+        (
+            ["--training.loss_chunk_tokens=512", "--parallelism.context_parallel_degree=2"],
+            ["a rank has 512 tokens"],
+        ),
+        (["--training.loss_kernel=fused", "--compile.enable"], []),
+        (
+            ["--training.loss_kernel=fused", "--compile.enable", "--compile.components=loss"],
+            ["which is not compiled"],
+        ),
+    ],
+)
+def test_settings_of_the_loss_without_effect(flags, expected):
+    flags = [*flags, "--training.seq_len=128", "--training.local_batch_size=8"]
+    messages = [line for line in checks.warnings(load(flags, env={})) if "loss" in line]
+    assert len(messages) == len(expected), messages
+    assert all(part in message for part, message in zip(expected, messages, strict=True))
 
 
 def test_pipelines_that_are_sound():
