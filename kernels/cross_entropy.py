@@ -3,10 +3,10 @@
     lse[t] = log sum_v exp(z[t, v])        at_label[t] = z[t, index[t]]        CE[t] = lse[t] - at_label[t]
     z[t, v] <- (exp(z[t, v] - lse[t]) - [v = index[t]]) * factor[t]
 
-An index outside [0, V) is in nobody's row: its at_label is 0 and nothing is taken off the softmax. That is how
-ignored labels look, and under tensor parallelism those of another rank's shard of the vocabulary; the caller
-combines shards, since lse and at_label are all that has to travel. Rows of factor 0 get gradient 0, whatever
-their logits are. A NaN among the logits gives a NaN lse.
+An index outside [0, V) is in nobody's row: its at_label is 0 and nothing is taken off the softmax. That is
+how ignored labels look, and under tensor parallelism those of another rank's shard of the vocabulary; the
+caller combines shards, since lse and at_label are all that has to travel. Rows of factor 0 get gradient 0,
+whatever their logits are. A NaN among the logits gives a NaN lse.
 
 Where torch's form copies the logits to fp32 and keeps a log-softmax of that size, this one needs no memory
 besides the logits, and moves 6 bytes a bf16 logit. All arithmetic is fp32; the gradient is rounded once.
@@ -38,7 +38,7 @@ def gradient_reference(logits: Tensor, index: Tensor, lse: Tensor, factor: Tenso
 
 @torch.library.custom_op("octavo::cross_entropy", mutates_args=())
 def cross_entropy(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """(lse, at_label), (T,) fp32 each, of (T, V) logits and (T,) int64 indices; it has no autograd formula."""
+    """(lse, at_label), (T,) fp32 each, of (T, V) logits and (T,) int64 indices; without autograd formula."""
     if not runs_triton(logits.device):
         return row_sums_reference(logits, index)
     from kernels.triton.cross_entropy import launch_rows

@@ -1,10 +1,11 @@
 """RMSNorm, by itself or together with the addition to the residual stream before it.
 
     h = x (+ r)        rstd = (mean h^2 + eps)^-1/2        y = h rstd w
-    n = h rstd         dh = rstd (dy w - n mean(dy w n)) (+ dh from elsewhere)        dw = sum over rows of dy n
+    n = h rstd         dh = rstd (dy w - n mean(dy w n)) (+ dh from elsewhere)     dw = sum over rows of dy n
 
 (Zhang and Sennrich 2019, arXiv 1910.07467.) h is rounded to the stream's dtype before it is normed, as it is
-when it is added separately; all else is fp32 and rounded once. dx = dr = dh: addition hands its gradient to both.
+when it is added separately; all else is fp32 and rounded once. dx = dr = dh: addition hands its gradient to
+both.
 
 Kept for backward: h and rstd (4 bytes a row). A block then reads and writes the stream once where it adds and
 norms, and in backward the gradients of both branches meet in one kernel.

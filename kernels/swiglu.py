@@ -45,7 +45,8 @@ def silu_mul_backward_reference(grad: Tensor, gate: Tensor, up: Tensor) -> tuple
 
 @torch.library.custom_op("octavo::silu_mul", mutates_args=())
 def _forward(gate: Tensor, up: Tensor, with_amax: bool) -> tuple[Tensor, Tensor]:
-    assert gate.shape == up.shape and gate.dtype == up.dtype, (gate.shape, up.shape, gate.dtype, up.dtype)
+    assert gate.shape == up.shape, (gate.shape, up.shape)
+    assert gate.dtype == up.dtype, (gate.dtype, up.dtype)
     amax = gate.new_zeros(int(with_amax), dtype=torch.float32)
     if not runs_triton(gate.device):
         y = silu_mul_reference(gate, up)

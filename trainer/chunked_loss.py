@@ -6,16 +6,17 @@ With hidden states X (T, D), the output's weight W (V, D), and T cut into chunks
     backward   dX * g,  dW * g            with g the gradient of the loss, which stays on the device
 
 So the three GEMMs run in forward, on one chunk's logits, and nothing is computed twice. What it costs: dW of
-several chunks is added in fp32 (each rounded to the compute dtype by its GEMM, so the sum is about as exact as
-one GEMM's), which moves 10 bytes an element of a bf16 W for every chunk after the first and 12 for all
+several chunks is added in fp32 (each rounded to the compute dtype by its GEMM, so the sum is about as exact
+as one GEMM's), which moves 10 bytes an element of a bf16 W for every chunk after the first and 12 for all
 together; and the sum and one chunk's dW, 6 bytes an element of W, are there beside a chunk's logits. It
 therefore pays where a micro-batch has several times D tokens; below that, the fused loss
-(`kernels.cross_entropy`) over whole logits takes as little memory and no such time. `octavo plan` counts both.
+(`kernels.cross_entropy`) over whole logits takes as little memory and no such time. `octavo plan` counts
+both.
 
 The output module itself makes the logits of every chunk, so a converted one (float8) or a split one (tensor
-parallelism, whose logits are shards of the vocabulary) acts as it always does: `apply_chunked_loss` comes after
-those and before FSDP. Its hooks so far (tensor parallelism's) then run for each chunk, and those added later
-(FSDP's) once around all: weights are gathered once and their gradient reduced once.
+parallelism, whose logits are shards of the vocabulary) acts as it always does: `apply_chunked_loss` comes
+after those and before FSDP. Its hooks so far (tensor parallelism's) then run for each chunk, and those added
+later (FSDP's) once around all: weights are gathered once and their gradient reduced once.
 
 Legend: B sequences, S positions, T = B S tokens of a micro-batch, D model width, V vocabulary.
 """
@@ -122,7 +123,8 @@ class _Chunks:
     """Which tokens are computed together, and their labels.
 
     Under tensor parallelism every rank of the group has other positions, S/tp each, and the output gathers
-    what it is given: a chunk is the same part of every rank's tokens, and its labels are theirs, in rank order.
+    what it is given: a chunk is the same part of every rank's tokens, and its labels are theirs, in rank
+    order.
     """
 
     def __init__(self, local: torch.Size, labels: Tensor, chunk_tokens: int):
@@ -140,7 +142,7 @@ class _Chunks:
             yield own, self.labels[:, own].reshape(1, -1)
 
     def __len__(self) -> int:
-        return -(-self.tokens // self.size)
+        return len(range(0, self.tokens, self.size))
 
 
 def _loss_and_gradients(

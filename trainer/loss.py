@@ -13,8 +13,9 @@ shard, and only three numbers per token travel: with shards r of one token's log
 
     m = max_r max z_r        t = sum_r sum exp(z_r - m)        CE = log t + m - z[label]
 
-The fused form (`kernels.cross_entropy`) is the same sum for both, in two kernels, and writes the gradient over
-the logits: they are used up by backward. How the logits are made piece by piece is in `trainer.chunked_loss`.
+The fused form (`kernels.cross_entropy`) is the same sum for both, in two kernels, and writes the gradient
+over the logits: they are used up by backward. How the logits are made piece by piece is in
+`trainer.chunked_loss`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Cross-entropy of bf16 logits without a copy in fp32: two kernels, which read the logits and write over them.
+"""Cross-entropy of bf16 logits without a copy in fp32: two kernels read the logits and write over them.
 
 `rows_kernel`, one program a row: every lane keeps its own running maximum m and sum of exp(z - m) over groups
-of 8 logits (one 16-byte load), so that an exponential is taken once an element and lanes meet only at the end.
-`gradient_kernel`, one program a block of a row: softmax minus one-hot, times the row's factor, over the logits.
+of 8 logits (one 16-byte load), so that an exponential is taken once an element and lanes meet only at the
+end.
+`gradient_kernel`, one program a block of a row: softmax minus one-hot, times the row's factor, over the
+logits.
 
 Bytes a logit in bf16: 2 read, then 2 read and 2 written. Offsets are 64-bit: tokens x vocabulary may exceed
 2^31.
@@ -35,7 +37,7 @@ def rows_kernel(
     LANES: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """log sum exp of a row of (T, V) logits, and its logit at `index` (0 where that is not in the row)."""
+    """Log sum exp of a row of (T, V) logits, and its logit at `index` (0 where that is not in the row)."""
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * row_stride
     offset = tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]

@@ -1,8 +1,8 @@
 """RMSNorm and its backward, each in one pass; forward can add to the residual stream on the way.
 
-Forward, one program a row: the row stays in registers between the sum of squares and the product. Backward, one
-program for `rows` neighbouring rows: each adds its part of the weight's gradient in registers, and the parts,
-(programs, D) fp32, are added afterwards: fixed order, no atomics.
+Forward, one program a row: the row stays in registers between the sum of squares and the product. Backward,
+one program for `rows` neighbouring rows: each adds its part of the weight's gradient in registers, and the
+parts, (programs, D) fp32, are added afterwards: fixed order, no atomics.
 
 Bytes an element in bf16 (the weight and its gradient's parts aside): forward 2 read, 2 written; with the
 addition 4 and 4, where two operations take 6 and 4. Backward 4 read, 2 written; with the gradient of the
@@ -19,8 +19,8 @@ from torch import Tensor
 from kernels.triton.swiglu import raise_amax
 
 PROGRAMS = 384
-"""Programs of backward, at most: three for each multiprocessor of a Hopper GPU, which its registers hold at once
-where D is 4096."""
+"""Programs of backward, at most: three for each multiprocessor of a Hopper GPU, which its registers hold at
+once where D is 4096."""
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def forward_kernel(
     WITH_AMAX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = norm(x (+ residual)) * weight of a row, rstd beside it; total is the sum, rounded, if there is one."""
+    """Norm of x (+ residual) times weight for a row; rstd beside it; total is the sum, where there is one."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D

@@ -1,8 +1,8 @@
 """silu(gate) * up and its backward, each in one pass, with the largest magnitude of what is written.
 
-Bytes an element in bf16: forward 4 read, 2 written; backward 6 read, 4 written. The amax of the results costs no
-further pass: a program takes that of its block and raises the common one by an atomic maximum on the bits of
-the fp32 magnitude, which as integers are ordered as the numbers are, with NaN above infinity.
+Bytes an element in bf16: forward 4 read, 2 written; backward 6 read, 4 written. The amax of the results costs
+no further pass: a program takes that of its block and raises the common one by an atomic maximum on the bits
+of the fp32 magnitude, which as integers are ordered as the numbers are, with NaN above infinity.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def raise_amax(amax, values):
 
 @triton.jit
 def forward_kernel(gate, up, out, amax, n, WITH_AMAX: tl.constexpr, BLOCK: tl.constexpr):
-    """out = silu(gate) * up over n elements; amax[0] is that of `out` as it is stored."""
+    """Write silu(gate) * up of n elements; amax[0] is that of `out` as it is stored."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < n
     g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
@@ -40,7 +40,7 @@ def forward_kernel(gate, up, out, amax, n, WITH_AMAX: tl.constexpr, BLOCK: tl.co
 def backward_kernel(
     grad, gate, up, grad_gate, grad_up, amax, n, WITH_AMAX: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Gradients of gate and up over n elements; amax[0] and amax[1] are theirs."""
+    """Write the gradients of gate and up, n elements; amax[0] and amax[1] are theirs."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < n
     d = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)

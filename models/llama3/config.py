@@ -61,7 +61,7 @@ class Llama3Config:
     swiglu_kernel: Literal["torch", "fused"] = "torch"
     """The feed-forward's product: PyTorch's operations, or one kernel that keeps nothing but its inputs."""
     norm_kernel: Literal["torch", "fused"] = "torch"
-    """RMSNorm: PyTorch's, or one kernel that also adds to the residual stream. Not with tensor parallelism."""
+    """RMSNorm: PyTorch's, or a kernel that also adds to the residual stream. Not with tensor parallelism."""
 
     @property
     def head_dim(self) -> int:

@@ -1,4 +1,4 @@
-"""Kernels of loss, norm and SwiGLU on a CUDA GPU: against their references, at the sizes of 8B and awkward ones."""
+"""Kernels of loss, norm and SwiGLU on a CUDA GPU: against references, at sizes of 8B and odd ones."""
 
 import math
 

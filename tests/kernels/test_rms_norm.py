@@ -112,7 +112,7 @@ def test_hopper_moves_sixteen_bytes_without_spilling(D):
     from kernels.triton.rms_norm import block_and_warps
 
     block, warps = block_and_warps(D)
-    tensors = {name: "*bf16" for name in ("grad", "x", "weight")}
+    tensors = dict.fromkeys(("grad", "x", "weight"), "*bf16")
     signature = {
         **tensors,
         "rstd": "*fp32",

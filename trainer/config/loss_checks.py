@@ -12,7 +12,7 @@ def loss_warnings(loaded: Loaded) -> Iterator[str]:
     c = loaded.config
     fused = c.training.loss_kernel == "fused"
     if c.compile.enable and c.compile.components == ["loss"] and fused:
-        yield "compile.components 'loss' has no effect: training.loss_kernel is 'fused', which is not compiled"
+        yield "compile.components 'loss' has no effect: training.loss_kernel is 'fused', never compiled"
     chunk, p = c.training.loss_chunk_tokens, c.parallelism
     pipelined = p.pipeline_parallel_degree > 1
     rows = p.pipeline_parallel_microbatch_size if pipelined else c.training.local_batch_size

@@ -88,7 +88,9 @@ def _schedule_problems(loaded: Loaded, stages: int, model: Any) -> Iterator[Prob
         yield loaded.problem("activation_checkpoint.mode", message)
     if getattr(model, "norm_kernel", "torch") == "fused":
         # Until torch 2.12 the second half starts at an operation's first result, and this one has several.
-        message = f"{name} computes the gradients of inputs and weights apart, 'fused' both at once; use 'torch'"
+        message = (
+            f"{name} computes the gradients of inputs and weights apart, 'fused' both at once; use 'torch'"
+        )
         yield loaded.problem("model.overrides.norm_kernel", message)
     if p.fsdp_reshard_after_forward == "always":
         message = (

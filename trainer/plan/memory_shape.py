@@ -128,9 +128,9 @@ def _unit(name: str, parameters: Sequence[Parameter], stays: bool, saved: int, w
 def _loss(config: Any, model: ModelShape, layout: Layout) -> tuple[int, int, int, int]:
     """Bytes of the logits, and of what the loss takes besides, as `_loss_sizes`.
 
-    In chunks (`trainer.chunked_loss`) what stays until backward is the gradient of the output's weight, in the
-    place of the logits: in fp32 where several chunks are added. With it there are a chunk's logits, and what
-    the loss takes for them or the chunk's own gradient of the weight.
+    In chunks (`trainer.chunked_loss`) what stays until backward is the gradient of the output's weight, in
+    the place of the logits: in fp32 where several chunks are added. With it there are a chunk's logits, and
+    what the loss takes for them or the chunk's own gradient of the weight.
     """
     vocabulary, element = model.vocabulary, element_bytes(config)
     if not config.parallelism.disable_loss_parallel:
