@@ -49,6 +49,8 @@ def found(*flags, world_size=1):
             ["--optimizer.implementation=one_pass", "--training.enable_cpu_offload"],
             1,
             "offloaded parameters are stepped on the host",
+        ),
+        (
             ["--parallelism.tensor_parallel_degree=2", "--model.overrides.norm_kernel=fused"],
             2,
             "'fused' norms a whole stream",
