@@ -11,7 +11,9 @@ Shapes used by all models: B sequences, S positions, D model width, V vocabulary
 
 The module that `build` returns:
 
-- ``forward(tokens: (B, S) int64, document_ids: (B, S) int64 | None = None) -> (B, S, V)`` logits;
+- ``forward(tokens: (B, S) int64, document_ids: (B, S) int64 | None = None, labels=None)`` -> logits
+  (B, S, V); labels (B, S), where given, are passed on: ``output(hidden, labels)`` is then the loss (a model
+  without that argument cannot be trained with training.loss_chunk_tokens);
 - ``init_weights(draw_on=None)`` fills every parameter and buffer in place, after ``to_empty``, with numbers
   drawn on the device `draw_on`;
 - parameters' FQNs carry no wrapper names.

@@ -59,6 +59,8 @@ class Activations:
     dtype: torch.dtype
     sequence_parts: int
     """Parts that tensor parallelism cuts the positions into, between blocks."""
+    ends_with_loss: bool = False
+    """The last stage takes labels and gives the loss itself."""
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """An example of hidden states for (B, S) tokens, on ``meta``."""
@@ -66,8 +68,10 @@ class Activations:
         shape = (B, S // self.sequence_parts, self.width)
         return torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True)
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """An example of logits, on ``meta``; a DTensor of shards has this shape too."""
+    def last(self, tokens: Tensor) -> Tensor:
+        """An example of logits (or the loss), on ``meta``; a DTensor of shards has this shape too."""
+        if self.ends_with_loss:
+            return torch.empty((), device="meta", requires_grad=True)
         shape = (*tokens.shape, self.vocabulary)
         return torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True)
 
@@ -222,7 +226,7 @@ class Pipeline:
                     self.layout.count,
                     tokens.device,
                     input_args=(chunk if index == 0 else hidden,),
-                    output_args=(self.activations.logits(chunk) if index == last else hidden,),
+                    output_args=(self.activations.last(chunk) if index == last else hidden,),
                     group=self.group,
                 )
             )

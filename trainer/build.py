@@ -1,12 +1,13 @@
 """From a configuration to a model that can train: the one order, as code.
 
     model on meta -> converters -> pipeline stages -> tensor parallel -> context parallel
-    -> activation checkpointing -> compile per block -> FSDP2 -> materialise
+    -> activation checkpointing -> compile per block -> chunked loss -> FSDP2 -> materialise
 
 Each line below is one step and returns what it did; the order is part of the design. Converters come first
 because they swap modules, and see the whole model before it is cut into stages; tensor parallelism splits
 the modules that are then there; context parallelism gives attention its ring, with the heads that are left;
-checkpointing wraps a block's forward before the compiler sees it; FSDP comes last because it shards what the
+checkpointing wraps a block's forward before the compiler sees it; a chunked loss runs what tensor parallelism
+made of the output many times inside what FSDP sees as one call; FSDP comes last because it shards what the
 others made.
 """
 
@@ -41,10 +42,12 @@ from parallelisms.tensor_parallel import (
     roles_within,
 )
 from trainer.checkpoint.state import model_tensors
+from trainer.chunked_loss import apply_chunked_loss
 from trainer.config.checks import batch_arithmetic, model_config
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.job import JobConfig
 from trainer.config.pipeline_checks import stages_of
+from trainer.loss import build_loss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -165,6 +168,12 @@ def _wrap(
             [op for converter in converters for op in converter.ops_to_save()],
         ),
         apply_compile(model, spec.blocks, config.compile),
+        apply_chunked_loss(
+            model,
+            spec.roles,
+            config.training.loss_chunk_tokens,
+            build_loss(config.training, config.compile),
+        ),
         apply_fsdp(
             model,
             spec.blocks,
@@ -201,6 +210,7 @@ def _activations(model: nn.Module, config: JobConfig, mesh: Mesh) -> Activations
         vocabulary=model.get_submodule(roles["output"]).weight.shape[0],  # type: ignore[union-attr,index]
         dtype=DTYPES[config.training.mixed_precision_param],
         sequence_parts=mesh.degrees["tp"],
+        ends_with_loss=config.training.loss_chunk_tokens > 0,
     )
 
 

@@ -37,7 +37,7 @@ from trainer.config.job import JobConfig
 from trainer.config.load import Loaded
 from trainer.data.loader import Batch
 from trainer.forward import Forward
-from trainer.loss import cross_entropy_sum
+from trainer.loss import build_loss
 from trainer.metrics.flops import flops_per_token
 from trainer.optim.clipping import clip_grad_norm
 from trainer.optim.optimizer import build_optimizer
@@ -134,7 +134,7 @@ def dry_run(loaded: Loaded, rank: Rank) -> DryRun:
         built = build_model(config, mesh, rank.device, seed=0, fake=fake)
         startup.announce_model(config, built, flops_per_token(built.flop_inputs, config.training.seq_len))
         with fake:
-            forward = Forward(config, built, mesh, rank.device, cross_entropy_sum)
+            forward = Forward(config, built, mesh, rank.device, build_loss(config.training, config.compile))
             optimizer = build_optimizer(built.model, replace(config.optimizer, implementation="foreach"))
             if built.direct is not None:
                 built.direct.attach(optimizer)

@@ -10,7 +10,7 @@ the last stage and 0 elsewhere, and under context parallelism each rank has that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -23,10 +23,10 @@ from parallelisms.fsdp import set_replica_all_reduce
 from parallelisms.mesh import Mesh
 from parallelisms.pipeline_parallel import Pipeline
 from trainer.build import BuiltModel
+from trainer.chunked_loss import loss_of_model
 from trainer.config.job import JobConfig
 from trainer.data.loader import Batch
-
-LossFn = Callable[[Tensor, Tensor], Tensor]
+from trainer.loss import LossFn
 
 
 class Runner(Protocol):
@@ -64,9 +64,9 @@ class WholeModel:
     ) -> Tensor:
         """See `Runner`."""
         set_replica_all_reduce(self.model, reduce_gradients)
-        logits = self.model(tokens, **extra)
-        loss = self.loss_fn(logits, labels) / divisor
-        del logits  # freed before backward allocates its own
+        result = self.model(tokens, **extra)
+        loss = self.loss_fn(result, labels) / divisor
+        del result  # logits are freed before backward allocates its own
         loss.backward()
         if self.direct is not None:
             self.direct.hand_over_gradients()
@@ -86,6 +86,9 @@ class Forward:
     ):
         self._device = device
         self._wants_documents = built.wants_documents
+        self._wants_labels = config.training.loss_chunk_tokens > 0
+        if self._wants_labels:
+            loss_fn = loss_of_model
         self._stages = mesh.device_mesh.get_group("pp") if mesh.degrees["pp"] > 1 else None
         cp_mesh = mesh.device_mesh["cp"]
         self._sequences = SequenceShards(built.parts, cp_mesh, config.parallelism)
@@ -122,6 +125,7 @@ class Forward:
         tokens = batch.tokens.to(self._device, non_blocking=True)
         labels = batch.labels.to(self._device, non_blocking=True)
         tokens, labels = self._sequences.shard(tokens, labels)
-        if not self._wants_documents:
-            return tokens, labels, {}
-        return tokens, labels, {"document_ids": batch.document_ids.to(self._device, non_blocking=True)}
+        extra = {"labels": labels} if self._wants_labels else {}
+        if self._wants_documents:
+            extra["document_ids"] = batch.document_ids.to(self._device, non_blocking=True)
+        return tokens, labels, extra

@@ -41,7 +41,7 @@ from trainer.data.loader import Batch, DataLoader, build_dataloader
 from trainer.data.settings import loader_settings
 from trainer.data.tokenizer import build_tokenizer
 from trainer.forward import Forward
-from trainer.loss import cross_entropy_sum
+from trainer.loss import build_loss
 from trainer.metrics.flops import flops_per_token
 from trainer.metrics.logger import MetricsLogger
 from trainer.optim.clipping import clip_for
@@ -98,9 +98,7 @@ class Trainer:
         startup.announce_model(config, built, self.flops_per_token)
 
         # 5. Loss, optimizer, learning rate.
-        self.loss_fn = cross_entropy_sum
-        if config.compile.enable and "loss" in config.compile.components:
-            self.loss_fn = torch.compile(cross_entropy_sum, backend=config.compile.backend)
+        self.loss_fn = build_loss(config.training, config.compile)
         self.forward = Forward(config, built, self.mesh, self.device, self.loss_fn)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         if built.direct is not None:

@@ -58,6 +58,10 @@ class Llama3Config:
     """``causal``: a position sees all before it. ``document``: only those of its own document."""
     attn_backend: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
     """Kernel of causal attention on CUDA; ``auto`` takes the first of the others that fits, in this order."""
+    swiglu_kernel: Literal["torch", "fused"] = "torch"
+    """The feed-forward's product: PyTorch's operations, or one kernel that keeps nothing but its inputs."""
+    norm_kernel: Literal["torch", "fused"] = "torch"
+    """RMSNorm: PyTorch's, or a kernel that also adds to the residual stream. Not with tensor parallelism."""
 
     @property
     def head_dim(self) -> int:

@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.swiglu import silu_mul
 from models.attention import InnerAttention, document_mask
 from models.init import Initializer
 from models.llama3.config import Llama3Config
@@ -66,10 +68,33 @@ class FeedForward(nn.Module):
         self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
         self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.fused = config.swiglu_kernel == "fused"
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
+        if self.fused:
+            return self.w2(silu_mul(self.w1(x), self.w3(x)))
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class FusedRMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` in one kernel, which may also do the addition before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + residual, its norm)."""
+        assert self.eps is not None
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+
+def build_norm(config: Llama3Config) -> nn.RMSNorm:
+    """The norm of (..., D) that the config asks for; the parameter is the same in all."""
+    kind = FusedRMSNorm if config.norm_kernel == "fused" else nn.RMSNorm
+    return kind(config.dim, eps=config.norm_eps)
 
 
 class TransformerBlock(nn.Module):
@@ -80,12 +105,16 @@ class TransformerBlock(nn.Module):
         self.layer = layer
         self.attention = Attention(config, rope)
         self.feed_forward = FeedForward(config)
-        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_norm = build_norm(config)
+        self.ffn_norm = build_norm(config)
 
     def forward(self, x: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        h = x + self.attention(self.attention_norm(x), mask)
+        attended = self.attention(self.attention_norm(x), mask)
+        if isinstance(self.ffn_norm, FusedRMSNorm):
+            h, normed = self.ffn_norm.add(x, attended)
+            return h + self.feed_forward(normed)
+        h = x + attended
         return h + self.feed_forward(self.ffn_norm(h))
 
     def init_weights(self, initializer: Initializer) -> None:
@@ -134,22 +163,27 @@ class Llama3(nn.Module):
         self.layers = nn.ModuleDict(
             {str(layer): TransformerBlock(layer, config, self.rope) for layer in range(config.n_layers)}
         )
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.norm = build_norm(config)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.tie_output()
 
-    def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, document_ids: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """Predict each next token.
 
         Args:
             tokens: (B, S) int64; (B, S, D) hidden states where this stage has no `tok_embeddings`.
             document_ids: (B, S) integers, read where attn_mask_type is ``document``.
+            labels: (B, S) int64 for an `output` that has been made to give the loss, in place of logits.
 
         Returns:
             Logits (B, S, V); hidden states (B, S, D) where this stage has no `output`.
         """
         hidden = self.hidden_states(tokens, document_ids)
-        return hidden if self.output is None else self.output(hidden)
+        if self.output is None:
+            return hidden
+        return self.output(hidden) if labels is None else self.output(hidden, labels)
 
     def hidden_states(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """What `output` is applied to: (B, S, D), normed. Arguments as for `forward`.

@@ -19,6 +19,19 @@ def test_compiled_run_prints_mfu(train):
     assert re.search(r"compile \d", done.out.split("summary")[1])
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_fused_kernels_and_chunks_follow_the_plain_run(train, compiled):
+    flags = ("--training.steps=20", *["--compile.enable"] * compiled)
+    kernels = [f"--model.overrides.{name}_kernel=fused" for name in ("norm", "swiglu")]
+    plain = run(train, *flags, name="plain")
+    for name, own in {
+        "fused": ["--training.loss_kernel=fused"],
+        "chunks": ["--training.loss_chunk_tokens=100"],
+        "all": ["--training.loss_kernel=fused", "--training.loss_chunk_tokens=100", *kernels],
+    }.items():
+        assert run(train, *flags, *own, name=name).losses == pytest.approx(plain.losses, rel=3e-3), name
+
+
 def test_offloaded_parameters_give_the_same_losses(train):
     resident = run(train, name="resident")
     offloaded = run(train, "--training.enable_cpu_offload", name="offloaded")

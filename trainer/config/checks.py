@@ -21,6 +21,7 @@ from trainer.checkpoint.remote import checkpoint_root
 from trainer.config.errors import Problem, unknown
 from trainer.config.fsdp_checks import fsdp_problems, fsdp_warnings, single_shard_problems
 from trainer.config.load import Loaded
+from trainer.config.loss_checks import loss_warnings
 from trainer.config.pipeline_checks import pipeline_problems, pipeline_warnings
 from trainer.data.datasets import DATASETS
 from trainer.data.mixture import Entry, parse_mixture
@@ -183,10 +184,13 @@ def _parallel_problems(loaded: Loaded) -> Iterator[Problem]:
         if tp > 1 and getattr(model, name) % tp:
             message = f"{tp} does not divide {name} = {getattr(model, name)} of {config.model.flavor}"
             yield loaded.problem("parallelism.tensor_parallel_degree", message)
+    if tp > 1 and getattr(model, "norm_kernel", "torch") == "fused":
+        message = "'fused' norms a whole stream, and tensor parallelism splits it; allowed: 'torch'"
+        yield loaded.problem("model.overrides.norm_kernel", message)
     if cp > 1:
         yield from _context_problems(loaded, model)
     if not spec.problems(model):
-        yield from pipeline_problems(loaded, spec.flop_inputs(model))
+        yield from pipeline_problems(loaded, spec.flop_inputs(model), model)
 
 
 def _context_problems(loaded: Loaded, model: Any) -> Iterator[Problem]:
@@ -341,7 +345,7 @@ def warnings(loaded: Loaded) -> list[str]:
         found += [f"{key} has no effect: {reason}" for key in keys]
     if _changed(loaded, "checkpoint.export_dtype") and not c.checkpoint.last_save_model_only:
         found.append("checkpoint.export_dtype has no effect: checkpoint.last_save_model_only is off")
-    found += _idle_resilience(loaded)
+    found += [*_idle_resilience(loaded), *loss_warnings(loaded)]
     if c.lr_scheduler.warmup_steps > (c.lr_scheduler.total_steps or c.training.steps):
         found.append(
             f"lr_scheduler.warmup_steps {c.lr_scheduler.warmup_steps} is cut to the length of the run"

@@ -32,12 +32,13 @@ def stages_of(config: Any, n_layers: int) -> StageLayout:
     return stage_layout(config.parallelism, n_layers, blocks=spec.blocks, before=before, after=after)
 
 
-def pipeline_problems(loaded: Loaded, flops: FlopInputs) -> Iterator[Problem]:
+def pipeline_problems(loaded: Loaded, flops: FlopInputs, model: Any) -> Iterator[Problem]:
     """What keeps the pipeline of a configuration from being built; nothing where there is none.
 
     Args:
         loaded: With a known model and flavor.
         flops: The model's `FlopInputs`.
+        model: The model's own configuration.
     """
     p, c = loaded.config.parallelism, loaded.config
     degree, name = p.pipeline_parallel_degree, p.pipeline_parallel_schedule
@@ -62,12 +63,12 @@ def pipeline_problems(loaded: Loaded, flops: FlopInputs) -> Iterator[Problem]:
         message = f"is read by {FROM_FILE} alone, the schedule is {name}"
         yield loaded.problem(f"{_KEY}schedule_csv", message)
     try:
-        yield from _schedule_problems(loaded, stages_of(c, n_layers).count)
+        yield from _schedule_problems(loaded, stages_of(c, n_layers).count, model)
     except StageError as error:
         yield loaded.problem(f"parallelism.{error.key}", str(error))
 
 
-def _schedule_problems(loaded: Loaded, stages: int) -> Iterator[Problem]:
+def _schedule_problems(loaded: Loaded, stages: int, model: Any) -> Iterator[Problem]:
     p, c = loaded.config.parallelism, loaded.config
     name = p.pipeline_parallel_schedule
     for message in microbatch_problems(p, stages, c.training.local_batch_size):
@@ -85,6 +86,12 @@ def _schedule_problems(loaded: Loaded, stages: int) -> Iterator[Problem]:
             f"per-op checkpointing serves one backward, {name} runs two; allowed: 'none', or full blocks"
         )
         yield loaded.problem("activation_checkpoint.mode", message)
+    if getattr(model, "norm_kernel", "torch") == "fused":
+        # Until torch 2.12 the second half starts at an operation's first result, and this one has several.
+        message = (
+            f"{name} computes the gradients of inputs and weights apart, 'fused' both at once; use 'torch'"
+        )
+        yield loaded.problem("model.overrides.norm_kernel", message)
     if p.fsdp_reshard_after_forward == "always":
         message = (
             f"'always' frees weights that {name} reads in both halves of backward; allowed: default, never"

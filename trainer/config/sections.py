@@ -86,6 +86,12 @@ class TrainingConfig:
     """Dtype that weights are cast to for forward and backward."""
     mixed_precision_reduce: Literal["float32"] = "float32"
     """Dtype in which gradients are summed over ranks."""
+    loss_kernel: Literal["torch", "fused"] = "torch"
+    """Cross-entropy by PyTorch (compiled where `compile` says so), or by kernels that write the logits'
+    gradient over the logits and keep nothing else of their size."""
+    loss_chunk_tokens: int = field(default=0, metadata={"min": 0})
+    """Output and loss of about so many tokens at a time, gradients at once, so that the logits never exist
+    whole; 0 takes a micro-batch as it is."""
     gc_freq: int = field(default=50, metadata={"min": 1})
     """Steps between Python garbage collections, which are otherwise off so that ranks pause together."""
     gc_debug: bool = False

@@ -17,7 +17,10 @@ What of these is kept:
   keeps the source and neither y nor a. (The partitioner does keep the casted o.) Weights that FSDP gathers in
   float8 it keeps too, turned for the gradient: to it a turned copy costs no more than what it is made of. It
   takes most of them; they are counted in full. `force_recompute_fp8_weight_in_bwd` forbids it.
-- ``none``, eager: every tensor that an operation saved: y and a always, and silu's output besides.
+  What a fused kernel makes (`norm_kernel`, `swiglu_kernel`) the compiler does not make again: where a float8
+  linear reads it, it keeps the cast of it.
+- ``none``, eager: every tensor that an operation saved: y and a always, and silu's output besides (which the
+  fused kernel does not have).
 - ``full``: x.
 - ``selective`` with n: every n-th block as ``full``, the others as ``none``.
 - ``selective`` with ``op``: x, o, and the results of matmuls: of plain ones every second, of float8 ones all.
@@ -73,6 +76,10 @@ class BlockMemory:
     compiled: bool
     float8_weight_bytes: int = 0
     """Of the block's weights that FSDP gathers in float8 and the compiler may keep turned."""
+    fused_norm: bool = False
+    """The norms are kernels that the compiler cannot look into."""
+    fused_product: bool = False
+    """And so is silu(w1 x) * w3 x."""
 
     def saved(self, mode: str, budget: float = 1.0) -> int:
         """What stays from forward to backward."""
@@ -112,7 +119,9 @@ class BlockMemory:
         if self.tp > 1 and all(linear.float8_gather for linear in part.columnwise):
             return self.shape.width * self.tokens * _FLOAT8  # what was gathered
         # A gather is not done twice, so its result is kept whatever the casts are.
-        return self._bytes(self.shape.width) if kept or not self.compiled or self.tp > 1 else 0
+        if kept or not self.compiled or self.tp > 1:
+            return self._bytes(self.shape.width)
+        return self.shape.width * self.tokens * _FLOAT8 if self.fused_norm else 0
 
     def _attention_output(self, part: Part) -> int:
         width = sum(linear.k for linear in part.rowwise)
@@ -124,9 +133,10 @@ class BlockMemory:
     def _product(self, part: Part) -> int:
         width = sum(linear.k for linear in part.rowwise)
         if not self.compiled:
-            return self._bytes(2 * width)  # silu's output too
-        kept = any(linear.high_precision_weight_gradient for linear in part.rowwise)
-        return self._bytes(width) if kept else 0
+            return self._bytes(width if self.fused_product else 2 * width)  # silu's output too
+        if any(linear.high_precision_weight_gradient for linear in part.rowwise):
+            return self._bytes(width)
+        return width * self.tokens * _FLOAT8 if self.fused_product else 0
 
     def _per_op(self) -> int:
         total = self._stream() + self._log_sum_exp()

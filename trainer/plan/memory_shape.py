@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from trainer.config.checks import model_config
 from trainer.plan.activations import BlockMemory, Recompute
 from trainer.plan.layout import Layout, Stage
 from trainer.plan.memory import MemoryPlan, Reduction, StepShape, Unit, replay
@@ -37,7 +38,17 @@ def block_memory(config: Any, model: ModelShape, layout: Layout) -> BlockMemory:
     # Triton's casts turn a gathered weight in backward.
     if float8.force_recompute_fp8_weight_in_bwd or float8.cast_kernels == "triton":
         kept = 0
-    return BlockMemory(model.sizes, layout.tokens, layout.tp, element_bytes(config), compiled, kept)
+    chosen = model_config(config)
+    return BlockMemory(
+        model.sizes,
+        layout.tokens,
+        layout.tp,
+        element_bytes(config),
+        compiled,
+        kept,
+        fused_norm=getattr(chosen, "norm_kernel", "torch") == "fused",
+        fused_product=getattr(chosen, "swiglu_kernel", "torch") == "fused",
+    )
 
 
 def element_bytes(config: Any) -> int:
@@ -52,11 +63,7 @@ def step_shape(
     units = _units(config, model, layout, stage, recompute)
     held = sum(unit.shard_numel for unit in units)
     master = 2 if config.training.dtype == "bfloat16" else 4
-    vocabulary = model.vocabulary
-    if not config.parallelism.disable_loss_parallel:
-        vocabulary //= layout.tp
-    logits = layout.tokens * vocabulary * element_bytes(config) if stage.last else 0
-    forward, saved, backward = _loss_sizes(config, layout, logits)
+    logits, forward, saved, backward = _loss(config, model, layout) if stage.last else (0, 0, 0, 0)
     return StepShape(
         units,
         held * master,
@@ -141,12 +148,40 @@ def _unit(name: str, parameters: Sequence[Parameter], stays: bool, saved: int, w
     )
 
 
+def _loss(config: Any, model: ModelShape, layout: Layout) -> tuple[int, int, int, int]:
+    """Bytes of the logits, and of what the loss takes besides, as `_loss_sizes`.
+
+    In chunks (`trainer.chunked_loss`) what stays until backward is the gradient of the output's weight, in
+    the place of the logits: in fp32 where several chunks are added. With it there are a chunk's logits, and
+    what the loss takes for them or the chunk's own gradient of the weight.
+    """
+    vocabulary, element = model.vocabulary, element_bytes(config)
+    if not config.parallelism.disable_loss_parallel:
+        vocabulary //= layout.tp
+    chunk = config.training.loss_chunk_tokens
+    logits = min(layout.tokens, chunk or layout.tokens) * vocabulary * element
+    sizes = _loss_sizes(config, layout, logits)
+    if not chunk:
+        return logits, *sizes
+    forward, saved, backward = sizes
+    peak = logits + max(forward, max(saved - logits, 0) + backward)
+    weight = model.vocabulary // layout.tp * model.sizes.width
+    if layout.tokens <= chunk:
+        kept = weight * element
+        return kept, max(peak - kept, logits), kept, 0
+    kept = weight * _FP32
+    return kept, max(peak, logits + weight * element), kept, 0
+
+
 def _loss_sizes(config: Any, layout: Layout, logits: int) -> tuple[int, int, int]:
     """(forward, kept for backward, backward) of the loss, in bytes besides the logits.
 
     Compiled, one kernel reads the logits, another writes their gradient. Eager, cross-entropy copies them
     to fp32, keeps their log-softmax, makes two gradients of that size; the sharded form has its own copies.
+    The fused kernels write the gradient over the logits.
     """
+    if config.training.loss_kernel == "fused":
+        return 0, logits, 0
     if config.compile.enable and "loss" in config.compile.components:
         return 0, logits, logits
     fp32 = logits * _FP32 // element_bytes(config)

@@ -59,6 +59,11 @@ def found(*flags, world_size=1):
             1,
             "keep_float8_shards: has no effect with training.enable_cpu_offload",
         ),
+        (
+            ["--parallelism.tensor_parallel_degree=2", "--model.overrides.norm_kernel=fused"],
+            2,
+            "'fused' norms a whole stream",
+        ),
     ],
 )
 def test_refusals(flags, world_size, expected):
@@ -85,6 +90,10 @@ PP = "--parallelism.pipeline_parallel_"
             "'always' frees weights",
         ),
         (
+            [f"{PP}schedule=ZBVZeroBubble", "--model.overrides.norm_kernel=fused"],
+            "apart, 'fused' both at once",
+        ),
+        (
             [
                 f"{PP}schedule=InterleavedZeroBubble",
                 "--activation_checkpoint.mode=selective",
@@ -99,6 +108,29 @@ def test_refused_pipelines(flags, expected):
     assert len(messages) == 1, messages
     assert expected in messages[0]
     assert messages[0].count("\n") < 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--training.loss_chunk_tokens=1024"], ["cuts nothing: a micro-batch of a rank has 1024 tokens"]),
+        (["--training.loss_chunk_tokens=1023"], []),
+        (
+            ["--training.loss_chunk_tokens=512", "--parallelism.context_parallel_degree=2"],
+            ["a rank has 512 tokens"],
+        ),
+        (["--training.loss_kernel=fused", "--compile.enable"], []),
+        (
+            ["--training.loss_kernel=fused", "--compile.enable", "--compile.components=loss"],
+            ["never compiled"],
+        ),
+    ],
+)
+def test_settings_of_the_loss_without_effect(flags, expected):
+    flags = [*flags, "--training.seq_len=128", "--training.local_batch_size=8"]
+    messages = [line for line in checks.warnings(load(flags, env={})) if "loss" in line]
+    assert len(messages) == len(expected), messages
+    assert all(part in message for part, message in zip(expected, messages, strict=True))
 
 
 def test_pipelines_that_are_sound():

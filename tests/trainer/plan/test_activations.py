@@ -25,11 +25,14 @@ TOKENS, WIDTH = 512, 256
 SIZES = {"dim": WIDTH, "n_heads": 8, "n_kv_heads": 8, "ffn_hidden_dim": 896, "vocab_size": 64, "n_layers": 2}
 
 
-def saved_by_the_block(recompute, recipe, compiled):
+FUSED = {"norm_kernel": "fused", "swiglu_kernel": "fused"}
+
+
+def saved_by_the_block(recompute, recipe, compiled, kernels=None):
     """{dtype: bytes} that a real block keeps between forward and backward, its weights left out."""
     torch._dynamo.reset()
     rope = RotaryEmbedding(32, TOKENS, 500000.0)
-    block = TransformerBlock(0, replace(FLAVORS["8B"], **SIZES), rope)
+    block = TransformerBlock(0, replace(FLAVORS["8B"], **SIZES, **(kernels or {})), rope)
     model = nn.ModuleDict({"layers": nn.ModuleDict({"0": block})})
     ops = ()
     if recipe:
@@ -61,8 +64,8 @@ def saved_by_the_block(recompute, recipe, compiled):
     return total
 
 
-def planned(recompute, recipe, compiled):
-    flags = [f"--model.overrides.{key}={value}" for key, value in SIZES.items()]
+def planned(recompute, recipe, compiled, kernels=None):
+    flags = [f"--model.overrides.{key}={value}" for key, value in {**SIZES, **(kernels or {})}.items()]
     flags += ["--model.flavor=8B", f"--training.seq_len={TOKENS}", "--training.local_batch_size=1"]
     flags += ["--compile.enable"] * compiled
     if recipe:
@@ -110,6 +113,13 @@ def test_eager_blocks_save_what_is_planned(recipe):
     log_sum_exp = 8 * TOKENS * 4
     stream = 2 * TOKENS * WIDTH
     assert saved[torch.bfloat16] + 2 * stream + log_sum_exp == planned(KEEP, recipe, compiled=False)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_fused_kernels_keep_what_is_planned(compiled, monkeypatch):
+    monkeypatch.setattr(gemm, "_row_major", lambda x: x if x.is_contiguous() else x.contiguous())
+    saved = sum(saved_by_the_block(KEEP, "tensorwise", compiled, FUSED).values())
+    assert saved == pytest.approx(planned(KEEP, "tensorwise", compiled, FUSED), rel=0.02)
 
 
 def test_a_filtered_sibling_keeps_the_input_in_high_precision():

@@ -9,7 +9,7 @@ from trainer.metrics.devices import DEVICES
 from trainer.plan.activations import Recompute
 from trainer.plan.layout import build_layout, build_stages
 from trainer.plan.memory import GIB, WORKSPACE_BYTES, Ledger, Reduction, StepShape, Unit, replay
-from trainer.plan.memory_shape import block_memory, plan_memory
+from trainer.plan.memory_shape import block_memory, plan_memory, step_shape
 from trainer.plan.plan import make_plan
 from trainer.plan.shapes import read_model
 
@@ -243,6 +243,27 @@ def test_eager_losses_take_copies_in_fp32():
     logits = 8192 * 128256 * 2
     assert compiled.by_category["logits and loss"] == 2 * logits
     assert eager.by_category["logits and loss"] == 6 * logits
+
+
+def test_a_fused_loss_writes_over_the_logits_and_chunks_keep_the_weights_gradient():
+    def bytes_of_loss(*flags):
+        config = load([*WHOLE, *COMPILE, *flags], env={}).config
+        layout = build_layout(config, 2)
+        model = read_model(config, layout, "cuda")
+        (stage,) = build_stages(config, layout, model.n_layers)
+        step = step_shape(config, model, layout, stage, Recompute("none"))
+        kept = max(step.loss_saved_bytes - step.logits_bytes, 0)
+        return step.logits_bytes + max(step.loss_forward_bytes, kept + step.loss_backward_bytes)
+
+    logits, weight = 8192 * 128256 * 2, 128256 * 4096
+    fused, batch = "--training.loss_kernel=fused", "--training.local_batch_size=4"
+    assert bytes_of_loss(fused) == logits
+    chunks = [fused, "--training.loss_chunk_tokens=2048"]
+    # The sum in fp32, one chunk's own gradient in bf16 and its logits; whatever the batch is.
+    assert bytes_of_loss(*chunks) == bytes_of_loss(*chunks, batch) == weight * (4 + 2) + logits // 4
+    assert bytes_of_loss(fused, batch) == 4 * logits
+    # Chunks so large that the compiled loss's own gradient of the logits is more than the weight's.
+    assert bytes_of_loss("--training.loss_chunk_tokens=8192", batch) == weight * 4 + 2 * logits
 
 
 def test_the_ledger_keeps_each_pools_own_peak():

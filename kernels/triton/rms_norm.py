@@ -1,0 +1,159 @@
+"""RMSNorm and its backward, each in one pass; forward can add to the residual stream on the way.
+
+Forward, one program a row: the row stays in registers between the sum of squares and the product. Backward,
+one program for `rows` neighbouring rows: each adds its part of the weight's gradient in registers, and the
+parts, (programs, D) fp32, are added afterwards: fixed order, no atomics.
+
+Bytes an element in bf16 (the weight and its gradient's parts aside): forward 2 read, 2 written; with the
+addition 4 and 4, where two operations take 6 and 4. Backward 4 read, 2 written; with the gradient of the
+residual stream 6 and 2, where two operations take 8 and 4.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.triton.swiglu import raise_amax
+
+PROGRAMS = 384
+"""Programs of backward, at most: three for each multiprocessor of a Hopper GPU, which its registers hold at
+once where D is 4096."""
+
+
+@triton.jit
+def forward_kernel(
+    x,
+    residual,
+    weight,
+    total,
+    out,
+    rstd,
+    amax,
+    eps,
+    D,
+    WITH_RESIDUAL: tl.constexpr,
+    WITH_AMAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Norm of x (+ residual) times weight for a row; rstd beside it; total is the sum, where there is one."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    place = row * D + column
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if WITH_RESIDUAL:
+        summed = (value + tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)).to(
+            total.dtype.element_ty
+        )
+        tl.store(total + place, summed, mask=inside)
+        value = summed.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(value * value, axis=0) / D + eps)
+    tl.store(rstd + row, inverse)
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    y = (value * inverse * w).to(out.dtype.element_ty)
+    tl.store(out + place, y, mask=inside)
+    if WITH_AMAX:
+        raise_amax(amax, y)
+
+
+@triton.jit
+def backward_kernel(
+    grad,
+    x,
+    weight,
+    rstd,
+    stream_grad,
+    grad_x,
+    grad_weight_parts,
+    M,
+    D,
+    WITH_STREAM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """grad_x (+ stream_grad) of ROWS rows, and their part of the weight's gradient."""
+    column = tl.arange(0, BLOCK)
+    in_row = column < D
+    part = tl.zeros((BLOCK,), tl.float32)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    for number in range(ROWS):
+        row = first + number
+        inside = in_row & (row < M)
+        place = row * D + column
+        inverse = tl.load(rstd + row, mask=row < M, other=0.0)
+        normed = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * inverse
+        dy = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+        part += dy * normed
+        # Read again for every row, from the cache: kept, it would take the registers of another program.
+        weighted = dy * tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)
+        along = tl.sum(weighted * normed, axis=0) / D
+        dx = (weighted - normed * along) * inverse
+        if WITH_STREAM:
+            dx += tl.load(stream_grad + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_x + place, dx.to(grad_x.dtype.element_ty), mask=inside)
+    tl.store(grad_weight_parts + tl.program_id(0).to(tl.int64) * D + column, part, mask=in_row)
+
+
+def block_and_warps(D: int) -> tuple[int, int]:
+    """Elements of a program's row, a power of two, and its warps: 16 elements a thread."""
+    block = triton.next_power_of_2(D)
+    return block, min(32, max(1, block // 512))
+
+
+def launch_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, amax: Tensor | None
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(x + residual or None, y, rstd) of contiguous (M, D) rows; `amax` is (1,) fp32 zeros, or None."""
+    M, D = x.shape
+    out, rstd = torch.empty_like(x), torch.empty(M, dtype=torch.float32, device=x.device)
+    total = None if residual is None else torch.empty_like(x)
+    block, warps = block_and_warps(D)
+    if M:
+        forward_kernel[(M,)](
+            x,
+            x if residual is None else residual,
+            weight,
+            x if total is None else total,
+            out,
+            rstd,
+            rstd if amax is None else amax.view(torch.int32),
+            eps,
+            D,
+            WITH_RESIDUAL=residual is not None,
+            WITH_AMAX=amax is not None,
+            BLOCK=block,
+            num_warps=warps,
+        )
+    return total, out, rstd
+
+
+def launch_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, stream_grad: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(gradient of x, of the weight) for contiguous (M, D) rows; the former plus `stream_grad`, if given."""
+    M, D = x.shape
+    grad_x = torch.empty_like(x)
+    rows = triton.cdiv(M, PROGRAMS)
+    programs = triton.cdiv(M, rows) if M else 0
+    parts = torch.empty(programs, D, dtype=torch.float32, device=x.device)
+    block, warps = block_and_warps(D)
+    if M:
+        backward_kernel[(programs,)](
+            grad,
+            x,
+            weight,
+            rstd,
+            grad if stream_grad is None else stream_grad,
+            grad_x,
+            parts,
+            M,
+            D,
+            WITH_STREAM=stream_grad is not None,
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=warps,
+        )
+    return grad_x, parts.sum(0).to(weight.dtype)

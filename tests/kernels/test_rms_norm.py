@@ -1,0 +1,137 @@
+"""RMSNorm kernels: reference against `nn.RMSNorm`, Triton (interpreted) against the reference, ptxas."""
+
+import pytest
+import torch
+from torch import nn
+
+from kernels.rms_norm import (
+    _forward,
+    add_rms_norm,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_backward_reference,
+    rms_norm_reference,
+    rms_norm_with_amax,
+)
+from tests.kernels.hopper import compile_for_hopper
+
+EPS = 1e-5
+
+
+def inputs(M, D, dtype=torch.float32, count=4):
+    torch.manual_seed(M + D)
+    return [torch.randn(M, D).to(dtype) for _ in range(count)], (1 + torch.randn(D) / 4).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_value_and_gradients_are_pytorchs(dtype):
+    (x, r, _, _), weight = inputs(6, 40, dtype)
+    norm = nn.RMSNorm(40, eps=EPS, dtype=dtype)
+    norm.weight.data.copy_(weight)
+    plain, fused = ([x.clone().requires_grad_(), r.clone().requires_grad_()] for _ in range(2))
+    own = weight.clone().requires_grad_()
+    h = plain[0] + plain[1]
+    want = [h, norm(h)]
+    got = add_rms_norm(*fused, own, EPS)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    for both in (want, got):
+        (both[0].float().square().sum() + both[1].float().pow(3).sum()).backward()
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    for mine, theirs in zip([*fused, own], [*plain, norm.weight], strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, **tolerance)
+    torch.testing.assert_close(rms_norm(x, weight, EPS), norm(x))
+
+
+def test_the_stream_alone_and_the_norm_alone_get_gradients():
+    (x, r, _, _), weight = inputs(3, 8)
+    for which in (0, 1):
+        leaves = [t.clone().requires_grad_() for t in (x, r, weight)]
+        (add_rms_norm(*leaves, EPS)[which] ** 2).sum().backward()
+        again = [t.clone().requires_grad_() for t in (x, r, weight)]
+        h = again[0] + again[1]
+        y = nn.functional.rms_norm(h, (8,), again[2], EPS)
+        ((h, y)[which] ** 2).sum().backward()
+        for mine, theirs in zip(leaves, again, strict=True):
+            want = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
+            got = torch.zeros_like(theirs) if mine.grad is None else mine.grad
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(("M", "D"), [(1, 1), (3, 5), (7, 512), (4, 600)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_are_the_reference(M, D, dtype, monkeypatch):
+    import kernels.triton.rms_norm
+    from kernels.triton.rms_norm import launch_backward, launch_forward
+
+    monkeypatch.setattr(kernels.triton.rms_norm, "PROGRAMS", 2)  # so that one has several rows
+    tolerance = {"rtol": 1e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    (x, r, grad, stream), weight = inputs(M, D, dtype)
+    amax = torch.zeros(1)
+    h, y, rstd = launch_forward(x, r, weight, EPS, amax)
+    torch.testing.assert_close(h, x + r, **tolerance)  # the interpreter does not round bf16 to nearest
+    want_y, want_rstd = rms_norm_reference(h, weight, EPS)
+    torch.testing.assert_close(y, want_y, **tolerance)
+    torch.testing.assert_close(rstd, want_rstd)
+    assert float(amax) == float(y.abs().max())
+    none, alone, _ = launch_forward(h, None, weight, EPS, None)
+    assert none is None
+    assert torch.equal(alone, y)
+    for added in (None, stream):
+        dx, dw = launch_backward(grad, h, weight, rstd, added)
+        want_dx, want_dw = rms_norm_backward_reference(grad, h, weight, rstd, added)
+        torch.testing.assert_close(dx, want_dx, **tolerance)
+        torch.testing.assert_close(dw, want_dw, rtol=tolerance["rtol"], atol=1e-4)
+
+
+def test_no_rows_and_an_amax():
+    from kernels.triton.rms_norm import launch_backward, launch_forward
+
+    (x, _, _, _), weight = inputs(0, 8)
+    h, y, rstd = launch_forward(x, x, weight, EPS, None)
+    assert h.shape == y.shape == (0, 8)
+    dx, dw = launch_backward(x, x, weight, rstd, None)
+    assert dx.shape == (0, 8)
+    assert dw.tolist() == [0.0] * 8
+    (x, _, _, _), weight = inputs(4, 8)
+    y, amax = rms_norm_with_amax(x, weight, EPS)
+    assert float(amax) == float(y.abs().max())
+
+
+def test_operators_compose_with_the_compiler():
+    (x, r, grad, stream), weight = inputs(4, 8)
+    leaves = [t.requires_grad_() for t in (x, r, weight)]
+    torch.library.opcheck(_forward, (*leaves, EPS, True))
+    torch.library.opcheck(_forward, (x, None, weight, EPS, False))
+    rstd = torch.rand(4)
+    torch.library.opcheck(rms_norm_backward, (grad, x.detach(), weight.detach(), rstd, stream))
+
+
+@pytest.mark.parametrize("D", [4096, pytest.param(16384, marks=pytest.mark.slow)])
+def test_hopper_moves_sixteen_bytes_without_spilling(D):
+    from kernels.triton.rms_norm import block_and_warps
+
+    block, warps = block_and_warps(D)
+    tensors = dict.fromkeys(("grad", "x", "weight"), "*bf16")
+    signature = {
+        **tensors,
+        "rstd": "*fp32",
+        "stream_grad": "*bf16",
+        "grad_x": "*bf16",
+        "grad_weight_parts": "*fp32",
+        "M": "i32",
+        "D": "i32",
+        **dict.fromkeys(("WITH_STREAM", "ROWS", "BLOCK"), "constexpr"),
+    }
+    constants = {"WITH_STREAM": True, "ROWS": 22, "BLOCK": block}
+    found = compile_for_hopper(
+        "kernels.triton.rms_norm:backward_kernel",
+        signature,
+        constants,
+        num_warps=warps,
+        aligned=tuple(name for name in signature if name not in constants),
+    )
+    assert found["stack"] == 0
+    assert found["registers"] * 32 * warps * (3 if D == 4096 else 1) <= 65536
+    assert "ld.global.v4.b32" in found["accesses"]
+    assert "st.global.v4.b32" in found["accesses"]
