@@ -43,7 +43,7 @@ from parallelisms.tensor_parallel import (
 )
 from trainer.checkpoint.state import model_tensors
 from trainer.chunked_loss import apply_chunked_loss
-from trainer.config.checks import batch_arithmetic, model_config
+from trainer.config.derived import batch_arithmetic, model_config
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.job import JobConfig
 from trainer.config.pipeline_checks import stages_of

@@ -25,7 +25,7 @@ from parallelisms.pipeline_parallel import Pipeline
 from trainer.build import BuiltModel
 from trainer.chunked_loss import loss_of_model
 from trainer.config.job import JobConfig
-from trainer.data.loader import Batch
+from trainer.data.batches import Batch
 from trainer.loss import LossFn
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from parallelisms.distributed import (
     Rank,
     init_process_group,
+    seed_step,
     set_collective_timeout,
     set_deterministic,
     shared_seed,
@@ -33,11 +34,12 @@ from trainer.build import build_model, offloads
 from trainer.checkpoint.changes import flat_settings
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.state import RunState
-from trainer.config import checks
+from trainer.config import derived
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.load import Loaded
 from trainer.config.render import as_json
-from trainer.data.loader import Batch, DataLoader, build_dataloader
+from trainer.data.batches import Batch
+from trainer.data.loader import DataLoader, build_dataloader
 from trainer.data.settings import loader_settings
 from trainer.data.tokenizer import build_tokenizer
 from trainer.forward import Forward
@@ -78,7 +80,7 @@ class Trainer:
         self.mesh = build_mesh(config.parallelism, self.device.type, rank.world_size)
         self.checkpoints = CheckpointManager(loaded)
         self.seed = shared_seed(self.checkpoints.seed(config.debug.seed), self.device)
-        self.batch = checks.batch_arithmetic(config, rank.world_size)
+        self.batch = derived.batch_arithmetic(config, rank.world_size)
         startup.announce_run(loaded, rank, self.mesh, self.seed)
 
         # 2. Run folder.
@@ -175,6 +177,7 @@ class Trainer:
 
     def train_step(self, micro_batches: list[Batch]) -> None:
         """One optimizer step over all micro-batches, and its log line where one is due."""
+        seed_step(self.seed, self.step)
         for converter in self.converters:
             converter.before_step(self.model, self.step)
         valid_here = sum(batch.label_count for batch in micro_batches)

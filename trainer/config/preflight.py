@@ -8,7 +8,7 @@ from functools import partial
 from converters.config import Float8SectionConfig
 from converters.float8.calibration import read_calibration
 from models import MODELS
-from trainer.config import checks
+from trainer.config import checks, derived
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.load import Loaded, load
 from trainer.data.datasets import check_dataset
@@ -37,7 +37,7 @@ def input_problems(loaded: Loaded) -> list[Problem]:
         _collect(found, loaded, key, data_check)
     path, model = loaded.config.model.hf_assets_path, loaded.config.model
     if model.name in MODELS and model.flavor in MODELS[model.name].flavors:
-        size = checks.model_config(loaded.config).vocab_size
+        size = derived.model_config(loaded.config).vocab_size
         check: Callable[[], object] = partial(check_vocabulary, path, size, model.flavor)
     else:
         check = partial(find_tokenizer_file, path)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from trainer.config.checks import model_config
+from trainer.config.derived import model_config
 from trainer.plan.activations import BlockMemory, Recompute
 from trainer.plan.layout import Layout, Stage
 from trainer.plan.memory import MemoryPlan, Reduction, StepShape, Unit, replay

@@ -1,8 +1,9 @@
 """A step before step 1 that leaves no trace: memory and folders fail now or not at all.
 
 It runs one micro-batch of token ids without meaning through forward and backward, and the optimizer with its
-gate shut (`trainer.resilience.bad_steps`), which makes the moments and changes nothing. Buffers and random
-generators get their values back; the data is not touched. So losses are the same with and without it.
+gate shut (`trainer.resilience.bad_steps`), which makes the moments and changes nothing. Buffers get their
+values back, each step seeds the random generators anew, and the data is not touched. So losses are the same
+with and without it.
 
 Not tried: the moments of an optimizer that is not fused, and the memory of a validation.
 """
@@ -17,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trainer.config import checks
+from trainer.config import derived
 from trainer.config.errors import ConfigError
-from trainer.data.loader import Batch
+from trainer.data.batches import Batch
 from trainer.optim.clipping import clip_grad_norm
 from trainer.resilience.bad_steps import gated_step
 
@@ -49,11 +50,11 @@ def run(trainer: Trainer) -> None:
 
 def _try_step(trainer: Trainer) -> None:
     model, batch = trainer.model, trainer.batch
-    generators = torch.get_rng_state()
-    on_device = torch.cuda.get_rng_state(trainer.device) if trainer.device.type == "cuda" else None
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     shape = (batch.local_batch_size, batch.seq_len)
-    tokens = torch.arange(shape[0] * shape[1]).reshape(shape) % checks.model_config(trainer.config).vocab_size
+    tokens = (
+        torch.arange(shape[0] * shape[1]).reshape(shape) % derived.model_config(trainer.config).vocab_size
+    )
     ids = torch.zeros(shape, dtype=torch.int64)
     micro_batch = Batch(tokens, tokens, ids, tokens.numel())
     valid = torch.tensor(float(tokens.numel()), device=trainer.device)
@@ -65,9 +66,6 @@ def _try_step(trainer: Trainer) -> None:
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
     trainer.faults.bad_steps.forget()
-    torch.set_rng_state(generators)
-    if on_device is not None:
-        torch.cuda.set_rng_state(on_device, trainer.device)
 
 
 def _folders(trainer: Trainer) -> Iterator[tuple[str, Path]]:
