@@ -17,7 +17,7 @@ from typing import Any
 from converters import CONVERTERS
 from models import MODELS
 from trainer.checkpoint.remote import checkpoint_root
-from trainer.config.derived import dp_shard_degree, model_config
+from trainer.config.derived import batch_arithmetic, dp_shard_degree, model_config
 from trainer.config.errors import Problem, unknown
 from trainer.config.fsdp_checks import fsdp_problems, fsdp_warnings, single_shard_problems
 from trainer.config.load import Loaded
