@@ -23,6 +23,7 @@ from torch import Tensor
 from parallelisms.distributed import (
     Rank,
     init_process_group,
+    seed_step,
     set_collective_timeout,
     set_deterministic,
     shared_seed,
@@ -175,6 +176,7 @@ class Trainer:
 
     def train_step(self, micro_batches: list[Batch]) -> None:
         """One optimizer step over all micro-batches, and its log line where one is due."""
+        seed_step(self.seed, self.step)
         for converter in self.converters:
             converter.before_step(self.model, self.step)
         valid_here = sum(batch.label_count for batch in micro_batches)

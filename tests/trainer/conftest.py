@@ -43,7 +43,7 @@ class Prepared:
         """Every tensor of the run's state, copied; of a model that is not sharded over ranks."""
         found = self.trainer.state.tensors("full").items()
         local = {key: t.to_local() if hasattr(t, "to_local") else t for key, t in found}
-        return {key: tensor.detach().clone() for key, tensor in local.items() if not key.startswith("rng.")}
+        return {key: tensor.detach().clone() for key, tensor in local.items()}
 
     def train(self):
         self._caplog.set_level(logging.INFO)

@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import Literal
 
 PARTS = ("optimizer", "lr_scheduler", "dataloader", "train_state")
-"""What `exclude_from_loading` may name. train_state: step, tokens seen, states of random generators."""
+"""What `exclude_from_loading` may name. train_state: step, tokens seen."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@
         if checkpoints.due(step): checkpoints.save(state, step, tokens)
     checkpoints.finish()
 
-With `checkpoint.async_mode`, `save` copies this rank's share to host memory (`trainer.checkpoint.staging`),
-and a background thread writes it. A save begins only when the one before it has ended.
+How a save is written, at once or in the background, is `trainer.checkpoint.saving`'s; one begins only when
+the one before it has ended.
 
 A save that fails leaves nothing behind and former checkpoints as they were. It ends the run where the user
 must know: at step 1 (`enable_first_step_checkpoint` asks whether saving works) and at the last step.
@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -33,22 +32,14 @@ from typing import Any
 import torch
 
 from trainer.checkpoint import changes, fit, folders
-from trainer.checkpoint.choose import Found, choose, is_complete
+from trainer.checkpoint.choose import Found, choose
 from trainer.checkpoint.files import CheckpointError
 from trainer.checkpoint.manifest import FULL, MODEL_ONLY, Manifest
 from trainer.checkpoint.ranks import Ranks
 from trainer.checkpoint.remote import checkpoint_root
-from trainer.checkpoint.staging import Staging
+from trainer.checkpoint.saving import Saver, since
 from trainer.checkpoint.state import RunState, model_tensors
-from trainer.checkpoint.writer import (
-    MARGIN_BYTES,
-    Box,
-    Plan,
-    local_data,
-    make_plan,
-    to_host,
-    write_checkpoint,
-)
+from trainer.checkpoint.writer import MARGIN_BYTES
 from trainer.config.errors import ConfigError
 from trainer.config.load import Loaded
 from trainer.interop.export import load_in_run, open_for_run, save_in_run
@@ -74,15 +65,10 @@ class CheckpointManager:
         self._hf: HfFolder | None = None
         self._lock: int | None = None
         self._saved_step = -1
-        self._staging: Staging | None = None
-        self._writing: threading.Thread | None = None
-        self._failure: str | None = None
-        self._crash: Exception | None = None
-        self.longest_seconds = 0.0
-        """Of a save so far, from its begin to its end on disk."""
         if not self.active:
             return
         self._ranks = Ranks()
+        self._saver = Saver(self._root, self._config, self._ranks)
         with self._ending():
             if self._saves:
                 self._ranks.first_does(self._take_folder)
@@ -118,7 +104,7 @@ class CheckpointManager:
         found = self._found
         if found is None:
             self._begin(state)
-            self._check_space(state)
+            self._make_room(state)
             return 0, 0
         started = time.perf_counter()
         manifest = found.manifest
@@ -152,7 +138,7 @@ class CheckpointManager:
         if step >= self._last_step:
             log.info("checkpoint: training.steps is %d: nothing is left to train", self._last_step)
         else:
-            self._check_space(state)
+            self._make_room(state)
         return step, tokens
 
     def _announce(self, found: Found, state: RunState, step: int, tokens: int, seconds: float) -> None:
@@ -177,7 +163,7 @@ class CheckpointManager:
         """
         if not self.active:
             return None
-        self._wait()
+        self._saver.wait()
         self._raise_failure(must_succeed=False)
         own = replace(self._config, load_step=-1, initial_load_path=None)
         with self._ending():
@@ -202,7 +188,7 @@ class CheckpointManager:
 
     def save(self, state: RunState, step: int, tokens_seen: int, *, is_last: bool = False) -> None:
         """Save the state after `step`; in async mode, begin to, unless the run ends with it (`is_last`)."""
-        self._wait()
+        self._saver.wait()
         self._raise_failure(must_succeed=False)
         started = time.perf_counter()
         if step == self._last_step and self._config.last_save_in_hf:
@@ -211,41 +197,38 @@ class CheckpointManager:
         model_only = step == 0 or (step == self._last_step and self._config.last_save_model_only)
         content = MODEL_ONLY if model_only else FULL
         export = _EXPORT[self._config.export_dtype] if model_only and step > 0 else None
-        tensors = state.tensors(content)
-        plan = make_plan(tensors, export, self._ranks)
         settings = changes.model_settings(self._loaded.config)
         manifest = replace(state.manifest(step, tokens_seen, content), model=settings)
         self._saved_step = step
-        must_succeed = is_last or step in (0, 1, self._last_step)
-        if self._config.async_mode == "disabled":
-            self._write(plan, lambda box: to_host(local_data(tensors, box), box), manifest, started)
-            self._raise_failure(must_succeed)
-            return
-        if self._staging is None:
-            self._staging = Staging(pinned=self._config.async_mode == "async_with_pinned_mem")
-        staged = self._staging.take(
-            plan[self._ranks.rank], lambda box: local_data(tensors, box), state.updated_keys()
+        self._saver.write(
+            state.tensors(content),
+            manifest,
+            started,
+            updated=state.updated_keys(),
+            export=export,
+            at_once=model_only,  # the run ends with it
         )
-        log.info("checkpoint: step-%d copied, training stood still for %.2fs", step, _since(started))
-        work = partial(self._write, plan, staged, manifest, started)
-        self._writing = threading.Thread(target=self._in_background, args=(work,), daemon=True)
-        self._writing.start()
-        if must_succeed:
-            self._wait()
-            self._raise_failure(must_succeed)
+        if must_succeed := is_last or step in (0, 1, self._last_step):
+            self._saver.wait()
+        self._raise_failure(must_succeed)
 
     def before_update(self) -> None:
         """Called before the optimizer's step, which must not overtake a snapshot that is being copied."""
-        if self._staging is not None:
-            self._staging.before_update()
+        if self.active:
+            self._saver.before_update()
 
     def finish(self) -> None:
         """Wait until the last save is written, and leave the folder to others."""
-        self._wait()
-        self._raise_failure(must_succeed=False)
-        if self._staging is not None:
-            self._staging.release()
+        if self.active:
+            self._saver.wait()
+            self._raise_failure(must_succeed=False)
+            self._saver.release()
         self._release()
+
+    @property
+    def longest_seconds(self) -> float:
+        """Of a save so far, from its begin to its end on disk."""
+        return self._saver.longest_seconds if self.active else 0.0
 
     def _begin(self, state: RunState) -> None:
         """Begin a run without a checkpoint of Octavo's."""
@@ -253,7 +236,7 @@ class CheckpointManager:
         if folder is not None:
             with self._ending():
                 self._ranks.all_do(lambda: load_in_run(folder, model_tensors(state.model)))
-            log.info("checkpoint: weights from %s (Hugging Face, %.1fs)", folder.path, _since(started))
+            log.info("checkpoint: weights from %s (Hugging Face, %.1fs)", folder.path, since(started))
         elif self.active and not self._config.create_seed_checkpoint:
             log.info("checkpoint: none in %s, starting from fresh weights", self._root)
 
@@ -264,37 +247,10 @@ class CheckpointManager:
             tensors = model_tensors(state.model)
             target = save_in_run(self._loaded.config, self._root, step, tensors, self._ranks)
         self._saved_step = step
-        log.info("checkpoint: saved %s (Hugging Face, %.1fs)", target, _since(started))
-
-    def _wait(self) -> None:
-        if self._writing is not None:
-            self._writing.join()
-            self._writing = None
-            crash, self._crash = self._crash, None
-            if crash is not None:
-                raise crash
-
-    def _in_background(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:  # a thread's exception would be lost: it is raised at the next wait
-            self._crash = error
-
-    def _write(self, plan: Plan, host: Callable[[Box], Any], manifest: Manifest, started: float) -> None:
-        target = folders.step_folder(self._root, manifest.step)
-        try:
-            size = write_checkpoint(target, plan, host, manifest, self._ranks)
-            gone = self._ranks.first_does(lambda: self._prune(manifest.step))
-        except CheckpointError as error:
-            self._failure = str(error)
-            return
-        self.longest_seconds = max(self.longest_seconds, _since(started))
-        only = ", model only" if manifest.content == MODEL_ONLY else ""
-        rest = f"; removed {', '.join(f'step-{step}' for step in gone)}" if gone else ""
-        log.info("checkpoint: saved %s (%.1f MB%s, %.1fs)%s", target, size / 1e6, only, _since(started), rest)
+        log.info("checkpoint: saved %s (Hugging Face, %.1fs)", target, since(started))
 
     def _raise_failure(self, must_succeed: bool) -> None:
-        failure, self._failure = self._failure, None
+        failure = self._saver.take_failure()
         if failure is None:
             return
         if must_succeed:
@@ -302,13 +258,6 @@ class CheckpointManager:
                 raise CheckpointError(failure)
         if self._ranks.is_first:
             log.error("%s\n  training goes on; the next save is tried as usual", failure)
-
-    def _prune(self, saved: int) -> list[int]:
-        try:
-            return folders.prune(self._root, self._config.keep_latest_k, saved, is_complete)
-        except OSError as error:
-            log.warning("checkpoint: could not remove old ones in %s: %s", self._root, error.strerror)
-            return []
 
     def _take_folder(self) -> None:
         try:
@@ -325,7 +274,8 @@ class CheckpointManager:
             os.close(self._lock)
             self._lock = None
 
-    def _check_space(self, state: RunState) -> None:
+    def _make_room(self, state: RunState) -> None:
+        """Before a step is taken: room on the disk, and host memory that is kept for all saves."""
         if not self._saves or not self._config.enable:
             return
         sizes: dict[str, int] = {}
@@ -338,6 +288,8 @@ class CheckpointManager:
             )
         if line:
             log.warning("%s", line)
+        with self._ending():
+            self._saver.reserve(state.expected_tensors())
 
     @contextmanager
     def _ending(self) -> Iterator[None]:
@@ -347,10 +299,6 @@ class CheckpointManager:
         except (ConfigError, CheckpointError):
             self._release()
             raise
-
-
-def _since(started: float) -> float:
-    return time.perf_counter() - started
 
 
 def _worlds(manifest: Manifest, state: RunState) -> tuple[Any, int]:

@@ -11,9 +11,10 @@
          "chunks": [{"offsets": [0, 0], "shape": [1024, 256],
                      "file": "rank-00000.safetensors", "name": "model.tok_embeddings.weight@0,0"}, ...]}}}
 
-Keys of tensors: ``model.<FQN>``, ``optimizer.<FQN>.<field>``, ``converter.<name>.<key>``,
-``rng.<rank>.<device>``. FQNs carry no wrapper prefixes. The chunks of a tensor are boxes that cover it once;
-how they are cut says how the run that saved was sharded, and nothing about the run that loads.
+Keys of tensors: ``model.<FQN>``, ``optimizer.<FQN>.<field>``, ``converter.<name>.<key>``;
+in older ones also ``rng.<rank>.<device>``, which is not read. FQNs carry no wrapper prefixes. The chunks of a
+tensor are boxes that cover it once; how they are cut says how the run that saved was sharded, and nothing
+about the run that loads.
 
 Reading trusts nothing: types, names, bounds and coverage are checked before a byte of a tensor is read.
 """

@@ -3,10 +3,11 @@
     model.<FQN>                  parameters and persistent buffers, without wrapper prefixes; a tied one once
     optimizer.<FQN>.<field>      exp_avg, exp_avg_sq (sharded as the parameter), step
     converter.<name>.<key>       what a converter keeps beside the model (delayed scales, say)
-    rng.<rank>.cpu, .cuda        generator states; restored where the number of ranks is the same
 
 Hyperparameters of the optimizer are no state: a resumed run has those of its own configuration. The
-schedule's state is the number of steps it took, the data's a position in the stream.
+schedule's state is the number of steps it took, the data's a position in the stream, the generators' the
+seed and the step: each step seeds them anew (`parallelisms.distributed.seed_step`). Older checkpoints hold
+``rng.<rank>.<device>`` too, which is not read.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_ADAMS_MOMENTS = 2
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
@@ -58,22 +58,37 @@ class RunState:
 
     def tensors(self, content: str) -> dict[str, Tensor]:
         """All tensors of a full or model-only checkpoint, by key; they share memory with the run's."""
-        model = self._model_by_key()
         if content == MODEL_ONLY:
-            return model
+            return self._model_by_key()
         names = {id(p): fqn for fqn, p in _parameters(self.model).items()}
         moments = {
             f"optimizer.{names[id(parameter)]}.{field}": value
             for parameter, fields in self.optimizer.state.items()
             for field, value in fields.items()
         }
+        return self._with(moments)
+
+    def expected_tensors(self) -> dict[str, Tensor]:
+        """Those of a full checkpoint; before there are moments, others of their sizes stand for them."""
+        if self.optimizer.state:
+            return self.tensors(FULL)
+        names = {id(p): fqn for fqn, p in _parameters(self.model).items()}
+        trained = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+        plain, count = model_tensors(self.model), torch.zeros(())
+        moments = {
+            f"optimizer.{fqn}.{field}": value
+            for fqn in trained
+            for field, value in {"step": count, "exp_avg": plain[fqn], "exp_avg_sq": plain[fqn]}.items()
+        }
+        return self._with(moments)
+
+    def _with(self, moments: dict[str, Tensor]) -> dict[str, Tensor]:
         converters = {
             f"converter.{converter.name}.{key}": value
             for converter in self.converters
             for key, value in converter.state_dict(self.model).items()
         }
-        generators = {f"rng.{self.rank}.{device}": state for device, state in _generators().items()}
-        return {**model, **moments, **converters, **generators}
+        return {**self._model_by_key(), **moments, **converters}
 
     def updated_keys(self) -> set[str]:
         """Keys of the tensors that the optimizer's step changes, and nothing else does."""
@@ -88,14 +103,7 @@ class RunState:
 
         A sharded tensor counts whole, on each of its ranks; those of other pipeline stages are unknown here.
         """
-        sizes = {key: t.numel() * t.element_size() for key, t in self.tensors(FULL).items()}
-        if not self.optimizer.state:
-            moments = {name: p for name, p in _parameters(self.model).items() if p.requires_grad}
-            sizes |= {
-                f"optimizer.{name}": _ADAMS_MOMENTS * p.numel() * p.element_size()
-                for name, p in moments.items()
-            }
-        return sizes
+        return {key: t.numel() * t.element_size() for key, t in self.expected_tensors().items()}
 
     def manifest(self, step: int, tokens_seen: int, content: str) -> Manifest:
         """Everything else."""
@@ -129,7 +137,6 @@ class RunState:
             set_schedule(self.lr_scheduler, manifest.lr_scheduler["step"])
         if "train_state" in excluded:
             return 0, 0
-        self._load_generators(folder, manifest)
         if self.bad_steps is not None and "bad_steps" in manifest.train_state:
             try:
                 self.bad_steps.load_state_dict(manifest.train_state["bad_steps"])
@@ -226,16 +233,6 @@ class RunState:
                 "the state of converter %s in the checkpoint is not used: it is off in this run", name
             )
 
-    def _load_generators(self, folder: Place, manifest: Manifest) -> None:
-        if manifest.train_state["world_size"] != self.world_size:
-            return
-        mine = _generators()
-        state = {f"rng.{self.rank}.{device}": torch.empty_like(value) for device, value in mine.items()}
-        state = {key: value for key, value in state.items() if key in manifest.tensors}
-        read_tensors(folder, manifest, state)
-        for key, value in state.items():
-            (torch.cuda.set_rng_state if key.endswith(".cuda") else torch.set_rng_state)(value)
-
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """FQN -> parameter or persistent buffer; shared memory, wrappers' prefixes removed, a tied one once."""
@@ -266,10 +263,3 @@ def set_schedule(scheduler: LambdaLR, step: int) -> None:
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {clean_fqn(name): parameter for name, parameter in model.named_parameters()}
-
-
-def _generators() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states

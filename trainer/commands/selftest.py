@@ -4,7 +4,7 @@ Three acts, by launches like ./run_train.sh's, with the flags given and CONFIG_F
 
     1  a run of a few steps that nothing disturbs
     2  the same run, killed with SIGKILL at random moments and started again as often
-    3  compared: losses, gradient norms, final checkpoint (weights, moments, generators, converters)
+    3  compared: losses, gradient norms, final checkpoint (weights, moments, converters)
 
 Everything is compared to the bit. On GPUs both runs are in deterministic mode: without it, two undisturbed
 runs differ too.

@@ -1,8 +1,9 @@
 """A step before step 1 that leaves no trace: memory and folders fail now or not at all.
 
 It runs one micro-batch of token ids without meaning through forward and backward, and the optimizer with its
-gate shut (`trainer.resilience.bad_steps`), which makes the moments and changes nothing. Buffers and random
-generators get their values back; the data is not touched. So losses are the same with and without it.
+gate shut (`trainer.resilience.bad_steps`), which makes the moments and changes nothing. Buffers get their
+values back, each step seeds the random generators anew, and the data is not touched. So losses are the same
+with and without it.
 
 Not tried: the moments of an optimizer that is not fused, and the memory of a validation.
 """
@@ -49,8 +50,6 @@ def run(trainer: Trainer) -> None:
 
 def _try_step(trainer: Trainer) -> None:
     model, batch = trainer.model, trainer.batch
-    generators = torch.get_rng_state()
-    on_device = torch.cuda.get_rng_state(trainer.device) if trainer.device.type == "cuda" else None
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     shape = (batch.local_batch_size, batch.seq_len)
     tokens = torch.arange(shape[0] * shape[1]).reshape(shape) % checks.model_config(trainer.config).vocab_size
@@ -65,9 +64,6 @@ def _try_step(trainer: Trainer) -> None:
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
     trainer.faults.bad_steps.forget()
-    torch.set_rng_state(generators)
-    if on_device is not None:
-        torch.cuda.set_rng_state(on_device, trainer.device)
 
 
 def _folders(trainer: Trainer) -> Iterator[tuple[str, Path]]:

@@ -83,9 +83,8 @@ def state_hashes(trainer):
     """Digest of every parameter and moment, whole."""
     digests = {}
     for key, tensor in trainer.state.tensors("full").items():
-        if not key.startswith("rng."):
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            digests[key] = hashlib.sha256(whole.detach().contiguous().numpy().tobytes()).hexdigest()
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        digests[key] = hashlib.sha256(whole.detach().contiguous().numpy().tobytes()).hexdigest()
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, digests)
     return {key: digest for each in everyone for key, digest in each.items()}  # of all pipeline stages

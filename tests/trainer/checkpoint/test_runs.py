@@ -8,8 +8,10 @@ import torch
 
 from trainer.checkpoint.files import CheckpointError
 from trainer.checkpoint.integrity import read_records
+from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.manifest import open_checkpoint
 from trainer.config.errors import ConfigError
+from trainer.forward import Forward
 
 
 def same(left, right):
@@ -38,6 +40,35 @@ def test_a_run_in_two_parts_is_the_run_in_one(run):
     rows = [json.loads(line) for line in (parts.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["tokens"] for row in rows] == [128, 256, 384, 512]
+
+
+def test_generators_follow_from_seed_and_step(run, monkeypatch):
+    """What is drawn between steps, as a compiler does that tries kernels out, changes nothing."""
+    forward_backward, due = Forward.forward_backward, CheckpointManager.due
+    drawn, noisy = [], [False]
+
+    def drawing(forward, *arguments, **options):
+        drawn.append(float(torch.rand(())))
+        return forward_backward(forward, *arguments, **options)
+
+    def after_step(checkpoints, step, **options):
+        torch.rand(step if noisy[0] else 1)
+        return due(checkpoints, step, **options)
+
+    monkeypatch.setattr(Forward, "forward_backward", drawing)
+    monkeypatch.setattr(CheckpointManager, "due", after_step)
+    whole = run(name="whole")
+    quiet, drawn[:], noisy[0] = drawn.copy(), [], True
+    run("--training.steps=2", name="parts")
+    parts = run(name="parts")
+    assert len(set(quiet)) == 8  # two micro-batches in each of 4 steps
+    assert drawn == quiet
+    names = [found.folder / "checkpoint" / "step-4" for found in (whole, parts)]
+    records = [read_records(name)["rank-00000.safetensors"] for name in names]
+    assert records[0] == records[1]
+    drawn.clear()
+    run("--debug.seed=2", name="other")
+    assert not set(drawn) & set(quiet)
 
 
 def test_a_drawn_seed_goes_on(run):
@@ -235,7 +266,7 @@ def test_pinned_copies_are_as_the_others_without_a_gpu(run):
     ]
     assert written[0] == written[1]
     if not torch.cuda.is_available():
-        assert "'async_with_pinned_mem' is as 'async'" in done.log
+        assert "no CUDA device: training waits for copies" in done.log
 
 
 def test_a_failed_save_goes_on_in_between_and_ends_the_run_at_its_end(run, monkeypatch):

@@ -16,13 +16,12 @@ DELAYED = (
 @pytest.mark.parametrize("flags", [(), DELAYED], ids=["plain", "delayed float8"])
 def test_losses_and_state_are_the_same(prepare, flags):
     plain = prepare(*flags, "--training.steps=3", name="plain").train()
-    losses, state, rng = plain.losses, plain.state(), torch.get_rng_state()
+    losses, state = plain.losses, plain.state()
     dry = prepare(*flags, "--training.steps=3", "--resilience.dry_batch", name="dry").train()
     assert "dry batch: a step fits" in dry.log
     assert losses == dry.losses
     assert state.keys() == dry.state().keys()
     assert all(torch.equal(value, state[key]) for key, value in dry.state().items())
-    assert torch.equal(rng, torch.get_rng_state())
     assert plain.trainer.data.windows == dry.trainer.data.windows
 
 
