@@ -58,20 +58,23 @@ class RunState:
 
     def tensors(self, content: str) -> dict[str, Tensor]:
         """All tensors of a full or model-only checkpoint, by key; they share memory with the run's."""
+        # First: state_dict makes FSDP show its shards again, which a validation leaves gathered.
+        model = self._model_by_key()
         if content == MODEL_ONLY:
-            return self._model_by_key()
+            return model
         names = {id(p): fqn for fqn, p in _parameters(self.model).items()}
         moments = {
             f"optimizer.{names[id(parameter)]}.{field}": value
             for parameter, fields in self.optimizer.state.items()
             for field, value in fields.items()
         }
-        return self._with(moments)
+        return self._with(model, moments)
 
     def expected_tensors(self) -> dict[str, Tensor]:
         """Those of a full checkpoint; before there are moments, others of their sizes stand for them."""
         if self.optimizer.state:
             return self.tensors(FULL)
+        model = self._model_by_key()
         names = {id(p): fqn for fqn, p in _parameters(self.model).items()}
         trained = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
         plain, count = model_tensors(self.model), torch.zeros(())
@@ -80,15 +83,15 @@ class RunState:
             for fqn in trained
             for field, value in {"step": count, "exp_avg": plain[fqn], "exp_avg_sq": plain[fqn]}.items()
         }
-        return self._with(moments)
+        return self._with(model, moments)
 
-    def _with(self, moments: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _with(self, model: dict[str, Tensor], moments: dict[str, Tensor]) -> dict[str, Tensor]:
         converters = {
             f"converter.{converter.name}.{key}": value
             for converter in self.converters
             for key, value in converter.state_dict(self.model).items()
         }
-        return {**self._model_by_key(), **moments, **converters}
+        return {**model, **moments, **converters}
 
     def updated_keys(self) -> set[str]:
         """Keys of the tensors that the optimizer's step changes, and nothing else does."""

@@ -71,6 +71,17 @@ def test_generators_follow_from_seed_and_step(run, monkeypatch):
     assert not set(drawn) & set(quiet)
 
 
+def test_a_save_right_after_a_validation(run):
+    """Which leaves the parameters gathered, as other objects than those that the optimizer knows."""
+    flags = ("--validation.enable", "--validation.freq=2", "--validation.steps=1", "--validation.seq_len=32")
+    validated = run(*flags, name="validated")
+    plain = run(name="plain")
+    assert same(validated.model, plain.model)
+    places = [found.folder / "checkpoint" / "step-2" for found in (validated, plain)]
+    records = [read_records(place)["rank-00000.safetensors"] for place in places]
+    assert records[0] == records[1]
+
+
 def test_a_drawn_seed_goes_on(run):
     first = run("--debug.seed=none", "--training.steps=2")
     again = run("--debug.seed=none")
