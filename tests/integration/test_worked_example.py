@@ -57,7 +57,7 @@ def test_every_command_of_the_page_runs(checkout):
         return next(out for line, out in said.items() if line.startswith(start))
 
     assert (checkout / "outputs/example/tokens/validation/index.json").is_file()
-    assert "every file is as written" in output("octavo tokenize")
+    assert "every file is as written" in output("octavo tokenize outputs")
     history = read_history(checkout / "outputs" / "example" / "run")
     losses = history.curve("loss")[1]
     assert losses[-1] < losses[0] - 0.5
