@@ -22,6 +22,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,7 +154,8 @@ class HuggingFaceTokenizer(Tokenizer):
         """The ids of many texts; the library's threads are the process's, whoever calls."""
         import numpy as np
 
-        return [np.array(ids, dtype=np.uint32) for ids in self.encode_batch(texts)]
+        # array takes a list in well under half of numpy's time, and numpy takes its memory.
+        return [np.asarray(array("I", ids)) for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens spelled out."""

@@ -11,6 +11,7 @@ import base64
 import json
 import logging
 import re
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -149,7 +150,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of many texts, in this thread."""
-        return [np.array(ids, dtype=np.uint32) for ids in map(self._processor.encode, texts)]
+        return [np.asarray(array("I", ids)) for ids in map(self._processor.encode, texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; SentencePiece leaves control tokens out."""
