@@ -37,7 +37,7 @@ from trainer.data.tokenizer import HuggingFaceTokenizer, Tokenizer, build_tokeni
 from trainer.data.tokenizer_models import SentencePieceTokenizer
 
 SUFFIXES = (".py", ".md", ".rst", ".txt")
-FILE_BYTES = 4_000_000
+FILE_BYTES = 16_000_000
 LIBRARY_BATCH = 1024
 
 

@@ -77,7 +77,7 @@ def tokenize(
         "validation_one_in": validation_one_in,
         "tokenizer": loaded.fingerprint,
     }
-    plan = plan_digest(units, settings, out)
+    plan = plan_digest(units, settings)
     folder = Path(out)
     try:
         if _is_done(folder / INDEX_FILE, plan):
@@ -150,7 +150,8 @@ def _working_in(folder: Path, plan: str, held_out: bool) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f"{folder}: another octavo tokenize is writing here\n  wait for it") from None
         plan_file = work / _PLAN_FILE
-        if plan_file.is_file() and plan_file.read_text() != plan:
+        begun = any(work.glob("unit-*.json"))  # without one, nothing is lost by another plan
+        if begun and plan_file.is_file() and plan_file.read_text() != plan:
             raise ValueError(
                 f"{folder}: an unfinished run of another source, tokenizer or set of options lies here\n"
                 "  finish it as it was begun, choose another --out, or remove that folder"

@@ -162,6 +162,8 @@ def _pieces(file: Path, span: Span) -> Iterator[tuple[int, bytes]]:
 
 
 def _open_lines(file: Path) -> IO[bytes]:
+    if file.name.endswith(COMPRESSED_SUFFIXES) and file.stat().st_size == 0:
+        raise EOFError("the file has no bytes, not even those of an empty archive")
     if file.name.endswith(".gz"):
         return cast(IO[bytes], gzip.open(file, "rb"))
     if file.name.endswith(".zst"):

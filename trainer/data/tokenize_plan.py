@@ -17,6 +17,7 @@ from pathlib import Path
 from trainer.data.datasets import DATASETS, dataset_row
 from trainer.data.documents import Document, DocumentOrder
 from trainer.data.hugging_face import count_shards, read_shard
+from trainer.data.identity import identify_files
 from trainer.data.records import COMPRESSED_SUFFIXES, Span, open_parquet, read_records, text_cut
 
 UNIT_BYTES = 64 << 20
@@ -89,14 +90,12 @@ def plan_units(source: TextSource, splits_at_lines: bool) -> list[Unit]:
     return [Unit(number, *part) for number, part in enumerate(parts)]
 
 
-def plan_digest(units: list[Unit], settings: dict[str, object], root: str) -> str:
-    """What the shards follow from, in one word; a file's place does not matter, its name and size do."""
-    rows = []
-    for unit in units:
-        row = asdict(unit)
-        row["files"] = [(Path(file).name, Path(file).stat().st_size) for file in unit.files]
-        rows.append(row)
-    return hashlib.sha256(json.dumps([rows, settings], sort_keys=True).encode()).hexdigest()
+def plan_digest(units: list[Unit], settings: dict[str, object]) -> str:
+    """What the shards follow from, in one word; files' places do not matter, names and contents do."""
+    rows = [{**asdict(unit), "files": [Path(file).name for file in unit.files]} for unit in units]
+    files = sorted({Path(file) for unit in units for file in unit.files})
+    content = identify_files(files).get("mark")
+    return hashlib.sha256(json.dumps([rows, content, settings], sort_keys=True).encode()).hexdigest()
 
 
 def read_unit(source: TextSource, unit: Unit, request: DocumentOrder) -> Iterator[Document]:

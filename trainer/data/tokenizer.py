@@ -58,6 +58,8 @@ WELL_KNOWN_BOS_EOS = (
     ("<|endoftext|>", "<|endoftext|>"),
 )
 _LARGEST_FILE_BYTES = 1 << 29
+_REMEMBERED_WORDS = 1 << 17
+_PROBE = "The quick brown fox jumps over 1,234 lazy dogs."
 
 
 class Tokenizer(ABC):
@@ -113,8 +115,13 @@ class HuggingFaceTokenizer(Tokenizer):
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             self._tokenizer.encode_special_tokens = True  # "<|...|>" inside a text stays text
+            # Of the words that were merged before, the library remembers too few for mixed text.
+            if remember := getattr(self._tokenizer.model, "_resize_cache", None):
+                remember(_REMEMBERED_WORDS)
             self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
             self.splits_at_lines = _splits_at_lines(json.loads(data))
+            if not self._tokenizer.encode(_PROBE, add_special_tokens=False).ids:
+                raise ValueError(f"it has no token for any word of {_PROBE!r}, and none for unknown ones")
         self.file = file
         self.fingerprint = fingerprint(data)
         self.bos_id, self.eos_id = self._bos_and_eos(file)
@@ -139,6 +146,11 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"{file}: no end-of-text token (got eos_token = {eos!r})\n"
                 f"  documents are separated by it; name one in {config_file.name} beside the file:\n"
                 '  {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}'
+            )
+        if bos is not None and self._id(bos) is None:
+            raise ValueError(
+                f"{file}: has no token {bos!r}, which {config_file.name} names as bos_token\n"
+                "  documents would begin with nothing; name one that is there, or null"
             )
         return self._id(bos), eos_id
 

@@ -103,6 +103,8 @@ BAD = {
     "half.jsonl": (b'{"text": "\\ud83e"}\n', r"half\.jsonl, line 1: half a surrogate pair"),
     "cut.jsonl.gz": (gzip.compress(lines("ok") * 99)[:-12], r"cut\.jsonl\.gz: damaged gzip file"),
     "plain.jsonl.gz": (lines("ok"), r"plain\.jsonl\.gz: damaged gzip file"),
+    "emptied.jsonl.gz": (b"", r"emptied\.jsonl\.gz: damaged gzip file"),
+    "emptied.jsonl.zst": (b"", r"emptied\.jsonl\.zst: damaged Zstandard file"),
     "bad.parquet": (b"PAR1 is not enough", r"bad\.parquet: not a readable Parquet file"),
 }
 

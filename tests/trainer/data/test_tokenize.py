@@ -179,6 +179,23 @@ def test_a_folder_of_something_else_is_left_alone(corpus, tmp_path):
         tokenize(str(corpus / "d.txt"), str(corpus), workers=1, tokenizer=ASSET)
 
 
+def test_text_that_changed_is_not_taken_for_the_same(tmp_path):
+    source, out = tmp_path / "a.txt", str(tmp_path / "out")
+    source.write_text("one text of this size")
+    tokenize(str(source), out, workers=1, tokenizer=ASSET)
+    source.write_text("and other of that one")
+    with pytest.raises(ValueError, match="holds the tokens of another source"):
+        tokenize(str(source), out, workers=1, tokenizer=ASSET)
+
+
+def test_a_refused_run_leaves_the_folder_to_the_next(tmp_path):
+    (tmp_path / "bad.jsonl").write_bytes(BAD)
+    arguments = (str(tmp_path / "bad.jsonl"), str(tmp_path / "out"), 1, ASSET)
+    with pytest.raises(ValueError, match="no string field 'text'"):
+        tokenize(*arguments)
+    assert read_manifest(str(tokenize(*arguments, bad_data="skip"))).documents == 2
+
+
 def test_validation_is_held_out_by_the_text(tmp_path, tokenizer, capsys):
     lines = [json.dumps({"body": f"document number {i % 200}"}) for i in range(400)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))

@@ -208,6 +208,25 @@ def test_hostile_files_are_refused_in_three_lines(tmp_path, name, content):
     assert str(caught.value).count("\n") <= 2
 
 
+def test_a_bos_that_is_not_there_is_refused(tmp_path):
+    shutil.copy(f"{ASSET}/tokenizer.json", tmp_path)
+    config = {"bos_token": "<nothing>", "eos_token": "<|end_of_text|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has no token '<nothing>', which"):
+        build_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": None}))
+    assert build_tokenizer(tmp_path).bos_id is None
+
+
+def test_a_tokenizer_that_drops_all_text_is_refused(tmp_path):
+    settings = json.loads(Path(f"{ASSET}/tokenizer.json").read_text())
+    specials = {token["content"]: token["id"] for token in settings["added_tokens"]}
+    settings["model"] |= {"vocab": specials, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="it has no token for any word"):
+        build_tokenizer(tmp_path)
+
+
 def test_a_config_beside_the_file_that_is_no_object(tmp_path):
     shutil.copy(f"{ASSET}/tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
