@@ -11,22 +11,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.data.paths import unreadable
+
 HASHED_BYTES = 1 << 26
 _STRETCH = 4096
 _NAMED_FILES = 64
+_UNREADABLE = "cannot be read"
 
 
-def identify_files(files: Sequence[Path]) -> dict[str, Any]:
-    """The mark of a list of files, and of each where they are not too many."""
+def identify_files(files: Sequence[Path], skip_unreadable: bool = False) -> dict[str, Any]:
+    """The mark of a list of files, and of each where they are not too many.
+
+    Raises:
+        ValueError: One cannot be read, and is not to be skipped.
+    """
     if not files:
         return {}
     root = Path(files[0]).parent if len(files) == 1 else _common_folder(files)
     sizes = [file.stat().st_size for file in files]
     share = None if sum(sizes) <= HASHED_BYTES else max(_STRETCH, HASHED_BYTES // len(files))
-    marks = {
-        file.relative_to(root).as_posix(): _mark(file, size, share)
-        for file, size in zip(files, sizes, strict=True)
-    }
+    marks = {}
+    for file, size in zip(files, sizes, strict=True):
+        try:
+            mark = _mark(file, size, share)
+        except OSError as error:
+            if not skip_unreadable:
+                raise unreadable(file, error) from error
+            mark = _UNREADABLE
+        marks[file.relative_to(root).as_posix()] = mark
     whole = hashlib.sha256(repr(sorted(marks.items())).encode()).hexdigest()[:32]
     found: dict[str, Any] = {"files": len(marks), "bytes": sum(sizes), "mark": whole}
     if len(marks) <= _NAMED_FILES:

@@ -27,3 +27,11 @@ def resolve_path(path: str) -> Path | None:
 def describe_candidates(path: str) -> str:
     """The places that `resolve_path` looked at, for an error message."""
     return ", ".join(str(place.absolute()) for place in candidate_paths(path))
+
+
+def unreadable(file: Path, error: OSError) -> ValueError:
+    """What is refused where a file cannot be read: no permission, gone, a disk that fails."""
+    return ValueError(
+        f"{file}: cannot be read\n  got: {error.strerror or error}\n"
+        "  make it readable, or leave it out of training.dataset_path"
+    )

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from trainer.data.documents import Document, DocumentOrder
+from trainer.data.paths import unreadable
 
 JSON_LINES_SUFFIXES = (".jsonl", ".json")
 COMPRESSED_SUFFIXES = (".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
@@ -54,11 +55,15 @@ def read_records(
         ValueError: The file or a record cannot be read, and is not to be skipped; a record's own error
             comes when it is called.
     """
-    if file.name.endswith(".parquet"):
-        return _parquet_records(file, request, part, first, span)
-    if file.name.endswith(".txt"):
-        return islice(_text_records(file, request, part, span), first, None)
-    return islice(_json_lines_records(file, request, part, span), first, None)
+    try:
+        if file.name.endswith(".parquet"):
+            yield from _parquet_records(file, request, part, first, span)
+        elif file.name.endswith(".txt"):
+            yield from islice(_text_records(file, request, part, span), first, None)
+        else:
+            yield from islice(_json_lines_records(file, request, part, span), first, None)
+    except OSError as error:
+        request.bad_data.reject(unreadable(file, error))
 
 
 def shorten(text: str, limit: int = 80) -> str:
@@ -101,7 +106,10 @@ def _text_records(file: Path, request: DocumentOrder, part: int, span: Span | No
 
 
 def _whole_text(file: Path, part: int) -> Document:
-    data = file.read_bytes()
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise unreadable(file, error) from error
     return Document(file.name, decode_utf8(data, partial(_line_at, file, 0)), part)
 
 
@@ -191,7 +199,7 @@ def _json_lines_records(file: Path, request: DocumentOrder, part: int, span: Spa
                     yield partial(_json_line_record, file, part, number, line, request, span)
                 place += len(line)
     except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
-        if not compressed:
+        if not compressed or getattr(error, "errno", None) is not None:  # the archive is not to blame
             raise
         kind, tool = ("gzip", "gzip") if file.name.endswith(".gz") else ("Zstandard", "zstd")
         request.bad_data.reject(

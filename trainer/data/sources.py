@@ -139,7 +139,8 @@ class TextSource:
         """What data it reads: marks of the files, or the reference."""
         if self._row.hub and (reference := self._row.hub(self._path)):
             return {"reference": reference}
-        return identify_files(self._row.files(self._path)) if self._row.files else {}
+        files = self._row.files(self._path) if self._row.files else []
+        return identify_files(files, self._settings.bad_data.skip)
 
     def begin(self) -> ShuffledPosition:
         """The position of the first window."""

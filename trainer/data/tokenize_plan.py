@@ -74,7 +74,7 @@ def plan_units(source: TextSource, splits_at_lines: bool) -> list[Unit]:
     """Divide the source.
 
     Raises:
-        ValueError: A Parquet file cannot be read, or a dataset cannot be opened.
+        ValueError: A dataset cannot be opened.
     """
     row = dataset_row(source.dataset)
     reference = row.hub(source.path) if row.hub else None
@@ -91,10 +91,14 @@ def plan_units(source: TextSource, splits_at_lines: bool) -> list[Unit]:
 
 
 def plan_digest(units: list[Unit], settings: dict[str, object]) -> str:
-    """What the shards follow from, in one word; files' places do not matter, names and contents do."""
+    """What the shards follow from, in one word; files' places do not matter, names and contents do.
+
+    Raises:
+        ValueError: A file cannot be read, and is not to be skipped.
+    """
     rows = [{**asdict(unit), "files": [Path(file).name for file in unit.files]} for unit in units]
     files = sorted({Path(file) for unit in units for file in unit.files})
-    content = identify_files(files).get("mark")
+    content = identify_files(files, settings["bad_data"] == "skip").get("mark")
     return hashlib.sha256(json.dumps([rows, content, settings], sort_keys=True).encode()).hexdigest()
 
 
@@ -159,7 +163,10 @@ def _spans(
 
 
 def _row_group_spans(file: Path, least: int, text_field: str) -> list[tuple[Span, int]]:
-    metadata = open_parquet(file, text_field).metadata
+    try:
+        metadata = open_parquet(file, text_field).metadata
+    except ValueError:  # whoever reads it refuses it, or leaves it out
+        return []
     spans: list[tuple[Span, int]] = []
     start = held = 0
     for group in range(metadata.num_row_groups):

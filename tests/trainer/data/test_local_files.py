@@ -9,7 +9,8 @@ import pytest
 
 from trainer.data import records
 from trainer.data.datasets import check_dataset, dataset_row
-from trainer.data.documents import DocumentOrder
+from trainer.data.documents import BadData, DocumentOrder
+from trainer.data.identity import identify_files
 from trainer.data.local_files import SHUFFLE_BLOCK_RECORDS, list_files, read_local_files
 
 
@@ -116,6 +117,22 @@ def test_bad_input_names_the_file_and_line(tmp_path, name):
     with pytest.raises(ValueError, match=message) as caught:
         read(tmp_path)
     assert str(caught.value).count("\n") <= 2
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_a_file_that_cannot_be_read_is_refused_or_skipped(tmp_path, name):
+    (tmp_path / name).symlink_to("/proc/self/mem")  # opens, and fails to read: no permission helps
+    with pytest.raises(ValueError, match=rf"{name}: (cannot be read|not a readable|damaged)") as caught:
+        read(tmp_path)
+    assert str(caught.value).count("\n") <= 2
+    with pytest.raises(ValueError, match=r"cannot be read\n  got: Input/output error"):
+        identify_files([tmp_path / name])
+    (tmp_path / "good.txt").write_text("one text")
+    skipping = BadData(skip=True)
+    found = read_local_files(str(tmp_path), DocumentOrder(bad_data=skipping))
+    assert [document.text for document in found if document.text] == ["one text"]
+    assert skipping.skipped == 1
+    assert identify_files([tmp_path / name], skip_unreadable=True)["files"] == 1
 
 
 def test_parquet_without_text(tmp_path):
