@@ -39,7 +39,7 @@ from parallelisms.tensor_parallel import (
     roles_within,
 )
 from trainer.checkpoint.state import model_tensors
-from trainer.config.checks import model_config
+from trainer.config.derived import model_config
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.job import JobConfig
 from trainer.config.pipeline_checks import stages_of

@@ -32,10 +32,10 @@ from parallelisms.distributed import Rank
 from parallelisms.mesh import Mesh, build_mesh
 from trainer import startup
 from trainer.build import build_model
-from trainer.config import checks
+from trainer.config import checks, derived
 from trainer.config.job import JobConfig
 from trainer.config.load import Loaded
-from trainer.data.loader import Batch
+from trainer.data.batches import Batch
 from trainer.forward import Forward
 from trainer.loss import cross_entropy_sum
 from trainer.metrics.flops import flops_per_token
@@ -128,7 +128,7 @@ def dry_run(loaded: Loaded, rank: Rank) -> DryRun:
         for line in checks.warnings(loaded):
             log.warning("%s", line)
         log.info("mesh: %s", mesh.describe())
-        batch = checks.batch_arithmetic(config, rank.world_size)
+        batch = derived.batch_arithmetic(config, rank.world_size)
         startup.announce_data(config, batch)
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         built = build_model(config, mesh, rank.device, seed=0, fake=fake)
@@ -172,7 +172,7 @@ def _step(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     mesh: Mesh,
-    batch: checks.BatchArithmetic,
+    batch: derived.BatchArithmetic,
 ) -> None:
     """One optimizer step over all micro-batches, as `Trainer.train_step` takes it."""
     shape = (batch.local_batch_size, batch.seq_len)

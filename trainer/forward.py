@@ -23,7 +23,7 @@ from parallelisms.mesh import Mesh
 from parallelisms.pipeline_parallel import Pipeline
 from trainer.build import BuiltModel
 from trainer.config.job import JobConfig
-from trainer.data.loader import Batch
+from trainer.data.batches import Batch
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 

@@ -11,7 +11,7 @@ from parallelisms.mesh import Mesh, picture
 from trainer import __version__
 from trainer.build import BuiltModel, offloads
 from trainer.config import checks
-from trainer.config.checks import BatchArithmetic
+from trainer.config.derived import BatchArithmetic
 from trainer.config.job import JobConfig
 from trainer.config.load import Loaded
 from trainer.config.render import as_json

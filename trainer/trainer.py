@@ -34,11 +34,12 @@ from trainer.build import build_model, offloads
 from trainer.checkpoint.changes import flat_settings
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.state import RunState
-from trainer.config import checks
+from trainer.config import derived
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.load import Loaded
 from trainer.config.render import as_json
-from trainer.data.loader import Batch, DataLoader, build_dataloader
+from trainer.data.batches import Batch
+from trainer.data.loader import DataLoader, build_dataloader
 from trainer.data.settings import loader_settings
 from trainer.data.tokenizer import build_tokenizer
 from trainer.forward import Forward
@@ -79,7 +80,7 @@ class Trainer:
         self.mesh = build_mesh(config.parallelism, self.device.type, rank.world_size)
         self.checkpoints = CheckpointManager(loaded)
         self.seed = shared_seed(self.checkpoints.seed(config.debug.seed), self.device)
-        self.batch = checks.batch_arithmetic(config, rank.world_size)
+        self.batch = derived.batch_arithmetic(config, rank.world_size)
         startup.announce_run(loaded, rank, self.mesh, self.seed)
 
         # 2. Run folder.

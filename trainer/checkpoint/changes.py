@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from trainer.config import checks
+from trainer.config import derived
 
 # Sections that say where and how to report, and nothing about what is trained.
 _ASIDE = ("job", "metrics", "profiling", "checkpoint", "comm", "memory_estimation", "experimental")
@@ -35,7 +35,7 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
 
 def model_settings(config: Any) -> dict[str, Any]:
     """What decides the function that the weights compute: the model's name, and its settings in effect."""
-    settings = {"name": config.model.name, **asdict(checks.model_config(config))}
+    settings = {"name": config.model.name, **asdict(derived.model_config(config))}
     return flat_settings({key: value for key, value in settings.items() if key not in _SAME_FUNCTION})
 
 

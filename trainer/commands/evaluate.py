@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import tyro
 
-from trainer.commands.shared import Device, Dtype, at_least, run_command
+from trainer.commands.shared import Device, Dtype, at_least, open_model, run_command, warn_beyond
 
 if TYPE_CHECKING:
     from trainer.data.tokenizer import Tokenizer
     from trainer.interop.trained import LoadedModel, TrainedModel
 
 DEFAULT_SEQ_LEN = 2048
-
-log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,7 +59,7 @@ def evaluate(
         device: auto takes the first GPU where there is one.
         as_json: Print one JSON object.
     """
-    from trainer.interop.trained import load_on, open_trained, tokenizer_of
+    from trainer.interop.trained import load_on
 
     at_least("batch_size", 1 if batch_size is None else batch_size)
     at_least("seq_len", 1 if seq_len is None else seq_len)
@@ -73,8 +70,7 @@ def evaluate(
         raise ValueError(f"{given[0]} has no effect {'with' if tasks else 'without'} tasks")
     if steps == 0 or steps < -1:
         raise ValueError(f"steps = {steps}; allowed: -1 (all batches) or 1 and more")
-    trained = open_trained(checkpoint, step)
-    words = tokenizer_of(trained, tokenizer)
+    trained, words = open_model(checkpoint, step, tokenizer)
     if dtype == "auto" and trained.settings.get("training.mixed_precision_param") in get_args(Dtype):
         dtype = trained.settings["training.mixed_precision_param"]
     made_for = trained.config.max_seq_len
@@ -83,8 +79,7 @@ def evaluate(
         made_for, _setting(trained, "seq_len", made_for) if validated else DEFAULT_SEQ_LEN
     )
     batch_size = batch_size or _setting(trained, "local_batch_size", 8)
-    if seq_len > made_for:
-        log.warning("windows of %d; the model was made for %d", seq_len, made_for)
+    warn_beyond(trained, seq_len, "windows")
     loaded = load_on(trained, dtype, device, max_seq_len=seq_len, most_devices=1)
     if tasks:
         from trainer.interop.lm_harness import run_tasks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from trainer.commands.shared import Device, Dtype, at_least, run_command
+from trainer.commands.shared import Device, Dtype, at_least, open_model, run_command, warn_beyond
 
 if TYPE_CHECKING:
     from trainer.interop.generation import Generated
-
-log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,7 +59,7 @@ def generate(
     """
     from trainer.interop.generation import Sampling
     from trainer.interop.generation import generate as continue_batch
-    from trainer.interop.trained import load_on, open_trained, tokenizer_of
+    from trainer.interop.trained import load_on
 
     at_least("max_tokens", max_tokens)
     at_least("batch_size", batch_size)
@@ -70,13 +67,11 @@ def generate(
     texts = [*prompt, *_lines(prompt_file)]
     if not texts:
         raise ValueError("there is nothing to continue; give --prompt TEXT or --prompt-file FILE")
-    trained = open_trained(checkpoint, step)
-    words = tokenizer_of(trained, tokenizer)
+    trained, words = open_model(checkpoint, step, tokenizer)
     start = [] if words.bos_id is None else [words.bos_id]
     prompts = [[*start, *ids] for ids in words.encode_batch(texts)]
     longest = max(map(len, prompts)) + max_tokens
-    if longest > trained.config.max_seq_len:
-        log.warning("up to %d tokens; the model was made for %d", longest, trained.config.max_seq_len)
+    warn_beyond(trained, longest, "texts")
     cached = longest * min(batch_size, len(texts))
     loaded = load_on(trained, dtype, device, cached_tokens=cached, max_seq_len=longest)
     results = []

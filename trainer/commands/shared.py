@@ -5,7 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from trainer.data.tokenizer import Tokenizer
+    from trainer.interop.trained import TrainedModel
+
+log = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -50,3 +56,22 @@ def at_least(name: str, value: int, least: int = 1) -> None:
     """
     if value < least:
         raise ValueError(f"{name} = {value}; allowed: {least} and more")
+
+
+def open_model(checkpoint: str, step: int | None, tokenizer: str | None) -> tuple[TrainedModel, Tokenizer]:
+    """What the user names as a model, with its tokenizer; no weights are read.
+
+    Raises:
+        ValueError: one of them is not there.
+        CheckpointError: the model cannot be used.
+    """
+    from trainer.interop.trained import open_trained, tokenizer_of
+
+    trained = open_trained(checkpoint, step)
+    return trained, tokenizer_of(trained, tokenizer)
+
+
+def warn_beyond(trained: TrainedModel, tokens: int, what: str) -> None:
+    """Say so where the model is used on longer sequences than it was made for."""
+    if tokens > trained.config.max_seq_len:
+        log.warning("%s of %d tokens; the model was made for %d", what, tokens, trained.config.max_seq_len)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from models import MODELS
-from trainer.config import checks
+from trainer.config import checks, derived
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.load import Loaded, load
 from trainer.data.datasets import check_dataset
@@ -35,7 +35,7 @@ def input_problems(loaded: Loaded) -> list[Problem]:
         _collect(found, loaded, key, data_check)
     path, model = loaded.config.model.hf_assets_path, loaded.config.model
     if model.name in MODELS and model.flavor in MODELS[model.name].flavors:
-        size = checks.model_config(loaded.config).vocab_size
+        size = derived.model_config(loaded.config).vocab_size
         check: Callable[[], object] = partial(check_vocabulary, path, size, model.flavor)
     else:
         check = partial(find_tokenizer_file, path)

@@ -22,115 +22,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 
+from trainer.data.batches import Batch, BatchPlan, Progress
 from trainer.data.documents import BadData
 from trainer.data.identity import what_changed
 from trainer.data.mixture import Entry, Schedule, parse_mixture
-from trainer.data.packing import IGNORED_LABEL
 from trainer.data.prefetch import Prefetcher
-from trainer.data.sources import AnyWindow, Source, StreamSettings, open_source
+from trainer.data.sources import Source, StreamSettings, open_source
 from trainer.data.tokenizer import Tokenizer, tokenizer_threads
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_PREFETCHED_BATCHES = 8
 STATE_VERSION = 3
-
-
-class Batch(NamedTuple):
-    """One micro-batch of one rank, on the CPU.
-
-    Attributes:
-        tokens: (B, S) int64, the inputs.
-        labels: (B, S) int64, the next tokens; `IGNORED_LABEL` only at the end of a pass over the data.
-        document_ids: (B, S) int64, from 0 in every row; attention may be masked to equal ids.
-        label_count: Number of labels that are not `IGNORED_LABEL`: known here without a device sync.
-    """
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    document_ids: torch.Tensor
-    label_count: int
-
-
-@dataclass(frozen=True)
-class _Progress:
-    """What was consumed: windows of all ranks together, and where in each source the next one starts."""
-
-    windows: int
-    positions: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """All that decides the batches. Holds no loader, so that a thread working on it keeps none alive."""
-
-    sources: tuple[Source, ...]
-    schedule: Schedule | None
-    settings: StreamSettings
-    local_batch_size: int
-    dp_rank: int
-    dp_degree: int
-    pin_memory: bool
-
-    def begin(self) -> _Progress:
-        """Before the first window."""
-        return _Progress(0, tuple(source.begin() for source in self.sources))
-
-    def windows(self, start: _Progress) -> Iterator[tuple[AnyWindow, _Progress]]:
-        """The global stream from ``start`` on, each window with the progress after it."""
-        streams: list[Iterator[tuple[AnyWindow, Any]] | None] = [None] * len(self.sources)
-        number, positions = start.windows, start.positions
-        while True:
-            chosen = self.schedule.source(number) if self.schedule else 0
-            stream = streams[chosen]
-            if stream is None:  # opened when it is first needed
-                stream = streams[chosen] = self.sources[chosen].windows(positions[chosen])
-            found = next(stream, None)
-            if found is None:
-                return
-            window, after = found
-            number += 1
-            positions = (*positions[:chosen], after, *positions[chosen + 1 :])
-            yield window, _Progress(number, positions)
-
-    def batches(self, start: _Progress) -> Iterator[tuple[Batch, _Progress]]:
-        """This rank's batches from ``start`` on, each with the progress after it."""
-        windows = self.windows(start)
-        group_size = self.dp_degree * self.local_batch_size
-        first_own = self.dp_rank * self.local_batch_size
-        progress = start
-        while True:
-            own: list[AnyWindow] = []
-            taken = 0
-            for taken, (window, after) in enumerate(islice(windows, group_size), start=1):
-                if first_own < taken <= first_own + self.local_batch_size:
-                    own.append(window)
-                progress = after
-            if taken == 0:
-                return
-            yield self._batch(own), progress
-
-    def _batch(self, windows: list[AnyWindow]) -> Batch:
-        """Stack windows; rows that the end of the data left empty are padding."""
-        seq_len, eos_id = self.settings.seq_len, self.settings.tokenizer.eos_id
-        shape = (self.local_batch_size, seq_len)
-        tokens = np.full(shape, eos_id, dtype=np.int64)
-        labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
-        document_ids = np.zeros(shape, dtype=np.int64)
-        for row, window in enumerate(windows):
-            tokens[row], labels[row], document_ids[row] = window.arrays(seq_len, eos_id)
-        label_count = int(np.count_nonzero(labels != IGNORED_LABEL))
-        tensors = [torch.from_numpy(array) for array in (tokens, labels, document_ids)]
-        if self.pin_memory:
-            tensors = [tensor.pin_memory() for tensor in tensors]
-        return Batch(tensors[0], tensors[1], tensors[2], label_count)
 
 
 def _never() -> bool:
@@ -146,7 +53,7 @@ class DataLoader:
     rank's ``label_count`` may be 0.
     """
 
-    def __init__(self, plan: _Plan, prefetch_factor: int) -> None:
+    def __init__(self, plan: BatchPlan, prefetch_factor: int) -> None:
         self._plan = plan
         self._prefetch_factor = prefetch_factor
         self._consumed = plan.begin()
@@ -197,7 +104,7 @@ class DataLoader:
                 self.close()  # so that another iter tries again instead of ending quietly
             raise
 
-    def _announce_epochs(self, before: _Progress) -> None:
+    def _announce_epochs(self, before: Progress) -> None:
         if not self._plan.settings.infinite:
             return
         for source, old, new in zip(
@@ -252,7 +159,7 @@ class DataLoader:
             source.from_state(saved, seq_len)
             for source, saved in zip(self._plan.sources, state["sources"], strict=True)
         ]
-        self._consumed = _Progress(int(state["windows"]), tuple(positions))
+        self._consumed = Progress(int(state["windows"]), tuple(positions))
         self._begun = False
 
     def close(self) -> None:
@@ -353,7 +260,7 @@ def build_dataloader(
         raise ValueError("a mixture has no end, so it cannot be read in one finite pass")
     entries = parse_mixture(mixture) if mixture else [Entry(dataset, dataset_path, text_field, 1.0)]
     sources = [open_source(e.dataset, e.path, e.text_field or text_field, settings) for e in entries]
-    plan = _Plan(
+    plan = BatchPlan(
         sources=tuple(sources),
         schedule=Schedule([entry.weight for entry in entries], seed) if len(entries) > 1 else None,
         settings=settings,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.data.loader import Batch
+from trainer.data.batches import Batch
 from trainer.data.packing import IGNORED_LABEL
 from trainer.data.tokenizer import Tokenizer
 from trainer.interop.trained import LoadedModel

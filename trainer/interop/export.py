@@ -23,7 +23,7 @@ from trainer.checkpoint.manifest import MODEL_ONLY, Manifest
 from trainer.checkpoint.ranks import Ranks
 from trainer.checkpoint.reader import TORCH_DTYPES
 from trainer.checkpoint.writer import Box, write_checkpoint
-from trainer.config.checks import model_config
+from trainer.config.derived import model_config
 from trainer.config.job import JobConfig
 from trainer.data.paths import resolve_path
 from trainer.data.tokenizer import find_tokenizer_file

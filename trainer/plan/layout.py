@@ -13,7 +13,7 @@ from typing import Any
 
 from models import MODELS
 from parallelisms.pipeline_schedules import SCHEDULES, Schedule
-from trainer.config.checks import BatchArithmetic, batch_arithmetic, dp_shard_degree
+from trainer.config.derived import BatchArithmetic, batch_arithmetic, dp_shard_degree
 from trainer.config.pipeline_checks import stages_of
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")

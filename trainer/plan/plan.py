@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trainer.config import checks
+from trainer.config import checks, derived
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.load import Loaded
 from trainer.metrics.devices import DEVICES, Device
@@ -136,7 +136,7 @@ def _name(config: Any) -> str:
 def _converter_problems(config: Any, device_type: str) -> Sequence[Problem]:
     """What converters refuse, looked for on one rank since the mesh may be among what is wrong."""
     training = config.training
-    batch = checks.BatchArithmetic(training.local_batch_size, 1, 1, training.seq_len)
+    batch = derived.BatchArithmetic(training.local_batch_size, 1, 1, training.seq_len)
     try:
         read_model(config, Layout(1, dict.fromkeys(AXES, 1), batch, 1, 1), device_type)
     except ConfigError as error:

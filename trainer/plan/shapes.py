@@ -25,7 +25,7 @@ from models.attention import InnerAttention
 from models.spec import FlopInputs
 from parallelisms.blocks import blocks_of, matches
 from trainer.build import DTYPES, convert_model
-from trainer.config.checks import model_config
+from trainer.config.derived import model_config
 from trainer.plan.layout import Layout
 
 _TP_DIM = {"embedding": 0, "columnwise": 0, "output": 0, "rowwise": 1}

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trainer.config import checks
+from trainer.config import derived
 from trainer.config.errors import ConfigError
-from trainer.data.loader import Batch
+from trainer.data.batches import Batch
 from trainer.optim.clipping import clip_grad_norm
 from trainer.resilience.bad_steps import gated_step
 
@@ -52,7 +52,9 @@ def _try_step(trainer: Trainer) -> None:
     model, batch = trainer.model, trainer.batch
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     shape = (batch.local_batch_size, batch.seq_len)
-    tokens = torch.arange(shape[0] * shape[1]).reshape(shape) % checks.model_config(trainer.config).vocab_size
+    tokens = (
+        torch.arange(shape[0] * shape[1]).reshape(shape) % derived.model_config(trainer.config).vocab_size
+    )
     ids = torch.zeros(shape, dtype=torch.int64)
     micro_batch = Batch(tokens, tokens, ids, tokens.numel())
     valid = torch.tensor(float(tokens.numel()), device=trainer.device)

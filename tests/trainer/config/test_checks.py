@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.config import checks
+from trainer.config import checks, derived
 from trainer.config.errors import ConfigError
 from trainer.config.load import load
 from trainer.config.preflight import preflight
@@ -154,7 +154,7 @@ def test_batch_arithmetic():
     config = load(
         ["--training.local_batch_size=2", "--training.global_batch_size=16", "--training.seq_len=64"], env={}
     ).config
-    batch = checks.batch_arithmetic(config, world_size=4)
+    batch = derived.batch_arithmetic(config, world_size=4)
     assert (batch.dp_degree, batch.gradient_accumulation_steps) == (4, 2)
     assert (batch.global_batch_size, batch.tokens_per_step) == (16, 1024)
 
@@ -169,7 +169,7 @@ def test_model_config_takes_overrides_and_the_longest_sequence():
         ],
         env={},
     ).config
-    model = checks.model_config(config)
+    model = derived.model_config(config)
     assert (model.n_layers, model.max_seq_len) == (2, 128)
 
 

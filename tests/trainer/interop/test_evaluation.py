@@ -8,7 +8,7 @@ import torch
 
 from tests.trainer.interop.conftest import TOKENIZER
 from trainer.cli import main
-from trainer.data.loader import Batch
+from trainer.data.batches import Batch
 from trainer.data.tokenizer import build_tokenizer
 from trainer.interop.evaluation import perplexity
 from trainer.interop.trained import LoadedModel, load_on, open_trained
