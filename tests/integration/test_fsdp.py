@@ -30,6 +30,7 @@ def test_gradients_that_travel_in_bf16_train_as_those_in_fp32(train):
     assert got.differences(want) == {"loss": 0, "grad_norm": 0}
 
 
+@pytest.mark.slow
 def test_direct_weights_train_as_copied_ones(train):
     """Compiled blocks, float8 linears, recomputation, validation, saves in between."""
     flags = (*FLOAT8, *COMPILED, *VALIDATION, *SAVES, "--training.global_batch_size=4")

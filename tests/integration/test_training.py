@@ -67,8 +67,11 @@ def test_a_second_run_keeps_what_the_first_one_wrote(train):
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--activation_checkpoint.mode=full",),
-        ("--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=2"),
+        pytest.param(("--activation_checkpoint.mode=full",), marks=pytest.mark.slow),
+        pytest.param(
+            ("--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=2"),
+            marks=pytest.mark.slow,
+        ),
         ("--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"),
     ],
 )

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from converters.float8.fsdp import FSDPFloat8Shard
+from converters.float8.fsdp import FSDPFloat8Shard, GatherSettings
 from trainer.config.errors import ConfigError
 from trainer.optim import optimizer as building
 from trainer.optim.clipping import clip_for, clip_grad_norm
@@ -148,7 +148,7 @@ def test_copies_and_magnitudes_follow_the_parameters():
 
 def test_a_written_float8_shard_forgets_its_scale():
     inner = torch.randn(16, 16)
-    param = nn.Parameter(FSDPFloat8Shard(inner, torch.float8_e4m3fn, False))
+    param = nn.Parameter(FSDPFloat8Shard(inner, GatherSettings(torch.float8_e4m3fn, False)))
     optimizer = OnePassAdamW([param], **SETTINGS)
     before = inner.clone()
     param.grad = torch.ones(16, 16)
@@ -186,7 +186,8 @@ def worker(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     mine = sharded(mesh, [Shard(0), Replicate(), Shard(1), Shard(0)])
-    wrapped = mine[0]._local_tensor = FSDPFloat8Shard(mine[0]._local_tensor, torch.float8_e4m3fn, False)
+    settings = GatherSettings(torch.float8_e4m3fn, False)
+    wrapped = mine[0]._local_tensor = FSDPFloat8Shard(mine[0]._local_tensor, settings)
     whole = [nn.Parameter(p.detach().full_tensor()) for p in mine[1:]]
     whole.insert(0, nn.Parameter(parameters()[0].detach()))
     optimizers = [kind(params, **SETTINGS) for kind, params in ((OnePassAdamW, mine), (OnePassAdamW, whole))]
