@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from converters.float8.scaling import dequantize, inverse_scale
+from kernels.cast import transpose_float8
 
 ALIGNMENT = 16
 """Float8 GEMMs need the contraction and the number of columns divisible by this."""
@@ -87,17 +88,6 @@ def high_precision_mm(a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a, b)
 
 
-@torch.library.custom_op("octavo::copy_transposed", mutates_args=())
-def _copy_transposed(x: Tensor) -> Tensor:
-    """A contiguous xᵀ, from a kernel of its own."""
-    return x.t().contiguous()
-
-
-@_copy_transposed.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[1], x.shape[0])
-
-
 def _row_major(x: Tensor) -> Tensor:
     """`x`, copied where it is not contiguous."""
     if x.is_contiguous():
@@ -105,7 +95,7 @@ def _row_major(x: Tensor) -> Tensor:
     if x.device.type == "cpu" and torch.compiler.is_compiling():
         # For CPUs inductor (torch 2.13) fuses a transposed float8 store with the amax of another tensor
         # into a kernel that gives NaN (tests/converters/test_compile.py). An opaque op is not fused.
-        return _copy_transposed(x.t())
+        return transpose_float8(x.t())
     return x.contiguous()
 
 
