@@ -58,7 +58,6 @@ WELL_KNOWN_BOS_EOS = (
     ("<|endoftext|>", "<|endoftext|>"),
 )
 _LARGEST_FILE_BYTES = 1 << 29
-_REMEMBERED_WORDS = 1 << 17
 _PROBE = "The quick brown fox jumps over 1,234 lazy dogs."
 
 
@@ -115,9 +114,6 @@ class HuggingFaceTokenizer(Tokenizer):
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             self._tokenizer.encode_special_tokens = True  # "<|...|>" inside a text stays text
-            # Of the words that were merged before, the library remembers too few for mixed text.
-            if remember := getattr(self._tokenizer.model, "_resize_cache", None):
-                remember(_REMEMBERED_WORDS)
             self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
             self.splits_at_lines = _splits_at_lines(json.loads(data))
             if not self._tokenizer.encode(_PROBE, add_special_tokens=False).ids:
