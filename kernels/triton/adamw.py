@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.magnitude import raise_amax
+
 WARPS = 8
 _ACCESS = 16  # bytes of a thread's widest load or store
 
@@ -127,11 +129,9 @@ def _update(
     if COPIES:
         tl.store(copy + offsets, p.to(tl.bfloat16), mask=mask)
     if AMAXES:
-        # Bits of magnitudes are ordered as the magnitudes, with NaN above infinity.
-        bits = new.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
         if mask is not None:
-            bits = tl.where(mask, bits, 0)
-        tl.atomic_max(amax, tl.max(bits), sem="relaxed")
+            new = tl.where(mask, new, 0.0)
+        raise_amax(amax, new)
 
 
 def launch(

@@ -11,8 +11,7 @@ from the arguments; others are right but slower).
   its second loop finds them. On the way it folds |x| into the columns' amaxes.
 - `column_amax_kernel`, `transpose_kernel`: what their names say.
 
-An amax is kept as the bits of |x| in fp32, compared as integers: the order is that of the values, and every
-NaN lies above inf, so a NaN survives the integer maximum and the atomics on it, whatever their order.
+An amax is kept as bits (`kernels.triton.magnitude`).
 
 `dtype` gives the format, whose largest value clamps; `stored_as`, where given, is the dtype that is written
 in its place, so that the arithmetic can be looked at before it is rounded to float8.
@@ -26,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.scaling import float8_max
+from kernels.triton.magnitude import magnitude
 
 _TILE = 128
 """Rows and columns of a tile: 128 bytes, a line of L2, in either direction of float8."""
@@ -41,21 +41,15 @@ it holds at a time."""
 
 
 @triton.jit
-def _magnitude(x):
-    """Bits of |x| in fp32, which order as integers do."""
-    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
 def _saturated(x, scale, fmax: tl.constexpr):
     y = tl.maximum(x.to(tl.float32) * scale, -fmax, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(y, fmax, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _scale_of(magnitude, fmax: tl.constexpr, power_of_2: tl.constexpr):
+def _scale_of(bits, fmax: tl.constexpr, power_of_2: tl.constexpr):
     """`kernels.scaling.scale_from_amax` of the bits of an amax."""
-    wide = magnitude.to(tl.float32, bitcast=True).to(tl.float64)
+    wide = bits.to(tl.float32, bitcast=True).to(tl.float64)
     # tl.full, because a bare literal is rounded to fp32 first.
     least = tl.full(wide.shape, 1e-12, tl.float64)
     wide = tl.where(wide < least, least, wide)
@@ -76,7 +70,7 @@ def amax_kernel(x_ptr, amax_ptr, n, rounds, BLOCK: tl.constexpr):
     number = 0
     while number < rounds:
         index = first + number * stride + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, _magnitude(tl.load(x_ptr + index, mask=index < n, other=0.0)))
+        largest = tl.maximum(largest, magnitude(tl.load(x_ptr + index, mask=index < n, other=0.0)))
         number += 1
     tl.atomic_max(amax_ptr, tl.max(largest, axis=0), sem="relaxed")
 
@@ -116,8 +110,8 @@ def cast_tiles_kernel(
     here = (row < m)[:, None] & (column < k)[None, :]
     x = tl.load(x_ptr + row[:, None] * k + column[None, :], mask=here, other=0.0)
     if BY_COLUMN:
-        magnitude = tl.load(column_amax_ptr + column, mask=column < k, other=0)
-        scale = _scale_of(magnitude, fmax, power_of_2)
+        bits = tl.load(column_amax_ptr + column, mask=column < k, other=0)
+        scale = _scale_of(bits, fmax, power_of_2)
         if tile < across:
             tl.store(scale_ptr + column, scale, mask=column < k)
         y = _saturated(x, scale[None, :], fmax).to(columns_ptr.dtype.element_ty)
@@ -151,10 +145,10 @@ def cast_rows_kernel(
         column = number * CHUNK + tl.arange(0, CHUNK)
         here = (row < m)[:, None] & (column < k)[None, :]
         x = tl.load(x_ptr + row[:, None] * k + column[None, :], mask=here, other=0.0)
-        magnitude = _magnitude(x)
-        largest = tl.maximum(largest, magnitude)
+        bits = magnitude(x)
+        largest = tl.maximum(largest, bits)
         if COLUMNS:
-            folded = tl.max(magnitude, axis=0)
+            folded = tl.max(bits, axis=0)
             tl.atomic_max(column_amax_ptr + column, folded, mask=column < k, sem="relaxed")
     scale = _scale_of(tl.max(largest, axis=1), fmax, power_of_2)
     tl.store(scale_ptr + row, scale, mask=row < m)
@@ -175,7 +169,7 @@ def column_amax_kernel(x_ptr, column_amax_ptr, m, k, TILE: tl.constexpr):
     column = (tile % across) * TILE + tl.arange(0, TILE)
     here = (row < m)[:, None] & (column < k)[None, :]
     x = tl.load(x_ptr + row[:, None] * k + column[None, :], mask=here, other=0.0)
-    tl.atomic_max(column_amax_ptr + column, tl.max(_magnitude(x), axis=0), mask=column < k, sem="relaxed")
+    tl.atomic_max(column_amax_ptr + column, tl.max(magnitude(x), axis=0), mask=column < k, sem="relaxed")
 
 
 @triton.jit

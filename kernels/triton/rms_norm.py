@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.swiglu import raise_amax
+from kernels.triton.magnitude import raise_amax
 
 PROGRAMS = 384
 """Programs of backward, at most: three for each multiprocessor of a Hopper GPU, which its registers hold at

@@ -1,8 +1,7 @@
 """silu(gate) * up and its backward, each in one pass, with the largest magnitude of what is written.
 
 Bytes an element in bf16: forward 4 read, 2 written; backward 6 read, 4 written. The amax of the results costs
-no further pass: a program takes that of its block and raises the common one by an atomic maximum on the bits
-of the fp32 magnitude, which as integers are ordered as the numbers are, with NaN above infinity.
+no further pass: a program takes that of its block and raises the common one (`kernels.triton.magnitude`).
 """
 
 from __future__ import annotations
@@ -12,15 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.magnitude import raise_amax
+
 BLOCK = 4096
 WARPS = 8
-
-
-@triton.jit
-def raise_amax(amax, values):
-    """Make the fp32 number whose bits `amax` (int32) points at no smaller than any |value|, or NaN."""
-    bits = values.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    tl.atomic_max(amax, tl.max(bits, axis=0), sem="relaxed")
 
 
 @triton.jit
