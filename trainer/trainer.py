@@ -181,7 +181,8 @@ class Trainer:
         for converter in self.converters:
             converter.before_step(self.model, self.step)
         valid_here = sum(batch.label_count for batch in micro_batches)
-        valid = self._sum_over_data_ranks(torch.tensor(float(valid_here), device=self.device))
+        # Filled on the device: a number that is copied there waits for all that was launched before.
+        valid = self._sum_over_data_ranks(torch.full((), float(valid_here), device=self.device))
         loss = torch.zeros((), device=self.device)
         for index, batch in enumerate(micro_batches, 1):
             loss += self.forward.forward_backward(batch, valid, last=index == len(micro_batches))

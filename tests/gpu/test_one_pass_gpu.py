@@ -117,7 +117,7 @@ def test_twenty_clipped_steps_follow_fused():
         largest = other["exp_avg"].abs().max().item()
         torch.testing.assert_close(own["exp_avg"], other["exp_avg"], rtol=0, atol=3e-6 * largest)
         torch.testing.assert_close(own["exp_avg_sq"], other["exp_avg_sq"], rtol=3e-6, atol=0)
-        torch.testing.assert_close(left, right, rtol=0, atol=5e-6)
+        torch.testing.assert_close(left, right, rtol=2e-6, atol=5e-6)
 
 
 def test_a_step_takes_no_memory_and_waits_for_nothing():

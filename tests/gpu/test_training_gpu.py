@@ -1,9 +1,14 @@
 """Whole runs on one GPU: what only a GPU can show of the trainer."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+REPO = Path(__file__).parents[2]
 pytestmark = pytest.mark.gpu
 
 
@@ -36,6 +41,41 @@ def test_offloaded_parameters_give_the_same_losses(train):
     resident = run(train, name="resident")
     offloaded = run(train, "--training.enable_cpu_offload", name="offloaded")
     assert offloaded.losses == pytest.approx(resident.losses, rel=1e-3)
+
+
+STEPS_WITHOUT_WAITING = """
+import sys
+import torch
+from trainer import trainer
+plain = trainer.Trainer.train_step
+def checked(self, batches):
+    quiet = self.step > 2 and not self.metrics.should_log(self.step)
+    torch.cuda.set_sync_debug_mode("error" if quiet else "default")
+    plain(self, batches)
+    torch.cuda.set_sync_debug_mode("default")
+    print("quiet" if quiet else "loud", file=sys.stderr)
+trainer.Trainer.train_step = checked
+from trainer.train import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--optimizer.implementation=one_pass", "--parallelism.fsdp_single_shard=direct"),
+        ("--model.converters=float8", "--float8.filter_fqns=output", "--float8.cast_kernels=triton"),
+    ],
+    ids=["bf16", "float8"],
+)
+def test_the_host_waits_for_nothing_between_log_lines(tmp_path, flags):
+    """What launches kernels stays ahead of the GPU: a wait in a step leaves it idle after each."""
+    command = [sys.executable, "-c", STEPS_WITHOUT_WAITING, "--compile.enable", "--training.steps=12"]
+    command += ["--metrics.log_freq=10", f"--job.dump_folder={tmp_path}", *flags]
+    environment = {**os.environ, "CONFIG_FILE": "train_configs/debug_model.toml"}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("quiet") >= 8
 
 
 def test_deterministic_runs_are_equal_to_the_last_digit(train):

@@ -114,7 +114,8 @@ class OnePass(torch.optim.Adam):
                 group["decoupled_weight_decay"],
             )
         if found_inf is not None:
-            torch._foreach_sub_(steps, found_inf.to(steps[0].device))
+            # A list: of one tensor torch makes a number, for which the host waits.
+            torch._foreach_sub_(steps, [found_inf.to(steps[0].device)] * len(steps))
 
 
 class OnePassAdam(OnePass):
