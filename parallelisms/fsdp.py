@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from parallelisms.blocks import blocks_of
 from parallelisms.fsdp_comm import GradientReduceScatter
@@ -39,6 +40,7 @@ def apply_fsdp(
     cpu_offload: bool,
     reduce_scatter: str = "torch",
     accumulates: bool = False,
+    gathers_embedding: bool = True,
 ) -> str:
     """Shard `model` over `mesh`, one-dimensional (FSDP) or (replicate, shard) (HSDP).
 
@@ -53,6 +55,8 @@ def apply_fsdp(
         cpu_offload: Keep the shards in host memory.
         reduce_scatter: ``parallelism.fsdp_reduce_scatter``.
         accumulates: Several micro-batches a step, each with a reduction over the shards.
+        gathers_embedding: False, on one device: FSDP2 leaves an embedding that is not tied alone, but for the
+            form of its parameter; see `parallelisms.direct_weights`.
 
     Returns:
         What was done, for the start-up log.
@@ -63,11 +67,15 @@ def apply_fsdp(
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy()
-    units = _units(model, blocks, roles, reshard_after_forward)
+    units, ignored = _units(model, blocks, roles, reshard_after_forward), set[nn.Parameter]()
+    if not gathers_embedding and not units[0].backward_reads_weights:
+        ignored = {_as_shard(module, mesh) for module in units.pop(0).modules}
     for unit in units:
         first = fully_shard(unit.modules, reshard_after_forward=unit.reshards, **options)[0]
         first.set_unshard_in_backward(unit.backward_reads_weights)
-    root = fully_shard(model, reshard_after_forward=reshard_after_forward, **options)
+    root = fully_shard(
+        model, reshard_after_forward=reshard_after_forward, ignored_params=ignored, **options
+    )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
@@ -109,6 +117,15 @@ def _units(
     if embedding:
         found.insert(0, _Unit(embedding, reshard_after_forward, backward_reads_weights=False))
     return found
+
+
+def _as_shard(module: nn.Module, mesh: DeviceMesh) -> nn.Parameter:
+    """Make the weight of `module` a DTensor over one shard, as FSDP2's parameters are."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    whole = DTensor.from_local(weight.detach(), mesh, [Shard(0)] * mesh.ndim, run_check=False)
+    module.weight = nn.Parameter(whole, requires_grad=weight.requires_grad)
+    return module.weight
 
 
 def _describe(

@@ -127,7 +127,9 @@ def build_model(
         storage = torch.device("cpu") if offloads(config, device) else device
         with fake or nullcontext():
             _materialise(part, storage, device, None if fake else seed)
-    direct = DirectWeights(model) if config.parallelism.fsdp_single_shard == "direct" else None
+    direct = None
+    if config.parallelism.fsdp_single_shard == "direct":
+        direct = DirectWeights(model, DTYPES[config.training.mixed_precision_param])
     return BuiltModel(
         model=merged(parts, spec.blocks),
         parts=parts,
@@ -185,6 +187,7 @@ def _wrap(
             cpu_offload=offloads(config, device),
             reduce_scatter=config.parallelism.fsdp_reduce_scatter,
             accumulates=_accumulates(config, mesh),
+            gathers_embedding=config.parallelism.fsdp_single_shard != "direct",
         ),
     ]
 

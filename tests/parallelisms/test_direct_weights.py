@@ -14,6 +14,7 @@ from trainer.loss import cross_entropy_sum
 from trainer.optim.clipping import clip_grad_norm
 
 BF16 = torch.bfloat16
+EMBEDDING = "tok_embeddings.weight"
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +47,9 @@ def batch(step):
 
 
 def directly(optimizer_class=torch.optim.AdamW, tied=False, **options):
-    model, _ = build((1, 1, 1), "torch", tied=tied, reshard=False, reduce_dtype=BF16)
-    direct = DirectWeights(model)
+    how = {"reshard": False, "reduce_dtype": BF16, "gathers_embedding": False}
+    model, _ = build((1, 1, 1), "torch", tied=tied, **how)
+    direct = DirectWeights(model, BF16)
     optimizer = optimizer_class(model.parameters(), **options)
     direct.attach(optimizer)
     return model, optimizer, direct
@@ -154,20 +156,23 @@ def test_an_optimizer_that_reads_bf16_gets_autograds_gradients():
     for step in range(4):
         loss = loss_of(model, step)
         loss.backward()
-        computed = {p.grad.data_ptr() for p in model.parameters()}
+        computed = {p.grad.data_ptr() for name, p in model.named_parameters() if name != EMBEDDING}
         direct.hand_over_gradients()
-        assert {p.grad.to_local().data_ptr() for p in model.parameters()} == computed
+        handed_over = {p.grad.to_local().data_ptr() for p in model.parameters()}
+        assert computed < handed_over
+        assert len(handed_over) == len(expected)
         for name, p in model.named_parameters():
             assert p.grad.dtype == BF16
             expected[name] -= 0.1 * p.grad.to_local().float()
         if step == 2:
             model_tensors(model)
         optimizer.step()
-        assert len(optimizer.low_precision_copies) == (0 if step == 2 else len(expected))
+        assert len(optimizer.low_precision_copies) == (0 if step == 2 else len(expected) - 1)
         optimizer.zero_grad()
         copies |= optimizer.low_precision_copies
         with torch.no_grad():
             loss_of(model, 99)
         for name, p in model.named_parameters():
             assert torch.equal(p.detach().to_local(), expected[name]), (step, name)
-            assert torch.equal(copies[p].detach(), expected[name].to(BF16)), (step, name)
+            if name != EMBEDDING:
+                assert torch.equal(copies[p].detach(), expected[name].to(BF16)), (step, name)

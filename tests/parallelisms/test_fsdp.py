@@ -55,7 +55,16 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(layout, reduce_scatter, *, accumulates=False, tied=False, reshard=True, reduce_dtype=torch.float32):
+def build(
+    layout,
+    reduce_scatter,
+    *,
+    accumulates=False,
+    tied=False,
+    reshard=True,
+    reduce_dtype=torch.float32,
+    gathers_embedding=True,
+):
     """The model computes in bf16."""
     with torch.device("meta"):
         model = SPEC.build(dataclasses.replace(CONFIG, tied_output=tied))
@@ -72,6 +81,7 @@ def build(layout, reduce_scatter, *, accumulates=False, tied=False, reshard=True
         cpu_offload=False,
         reduce_scatter=reduce_scatter,
         accumulates=accumulates,
+        gathers_embedding=gathers_embedding,
     )
     model.to_empty(device="cpu")
     torch.manual_seed(0)
