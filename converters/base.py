@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.optim import Optimizer
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,9 @@ class Converter:
     def ops_to_save(self) -> tuple[Any, ...]:
         """Ops (`torch.ops.aten...default`) whose outputs per-op selective checkpointing should save."""
         return ()
+
+    def optimizer_built(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Called once, when the parameters have memory and before a checkpoint is loaded."""
 
     def before_step(self, model: nn.Module, step: int) -> None:
         """Called once a step (counted from 1), before its first forward."""

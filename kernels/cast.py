@@ -91,6 +91,22 @@ def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
+@torch.library.custom_op("octavo::cast_float8_into", mutates_args=("out",))
+def cast_float8_into(out: Tensor, x: Tensor, scale: Tensor) -> None:
+    """`cast_float8` of x into `out`, of x's shape, contiguous and of a float8 dtype."""
+    if _launches(x, out.dtype):
+        from kernels.triton import cast
+
+        cast.cast_float8_into(out, x, scale, out.dtype)
+    else:
+        out.copy_(cast_to_float8(x, scale, out.dtype))
+
+
+@cast_float8_into.register_fake
+def _(out: Tensor, x: Tensor, scale: Tensor) -> None:
+    return None
+
+
 @torch.library.custom_op("octavo::cast_both", mutates_args=())
 def cast_both(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See `cast_both_reference`."""

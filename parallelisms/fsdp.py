@@ -73,9 +73,7 @@ def apply_fsdp(
     for unit in units:
         first = fully_shard(unit.modules, reshard_after_forward=unit.reshards, **options)[0]
         first.set_unshard_in_backward(unit.backward_reads_weights)
-    root = fully_shard(
-        model, reshard_after_forward=reshard_after_forward, ignored_params=ignored, **options
-    )
+    root = fully_shard(model, reshard_after_forward=reshard_after_forward, ignored_params=ignored, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)

@@ -105,6 +105,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         if built.direct is not None:
             built.direct.attach(self.optimizer)
+        for converter in self.converters:
+            converter.optimizer_built(self.model, self.optimizer)
         self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, config.training.steps)
 
         # 6. Faults, checkpoint, metrics and records.

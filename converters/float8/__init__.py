@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from converters.float8.converter import Float8Converter
     from converters.float8.delayed import sync_float8_amax_and_scale_history
     from converters.float8.filters import auto_filter_for_recipe
-    from converters.float8.fsdp import precompute_float8_dynamic_scale_for_fsdp
     from converters.float8.linear import Float8Linear
     from converters.float8.tensor_parallel import (
         Float8ColwiseParallel,
         Float8RowwiseParallel,
         PrepareFloat8ModuleInput,
     )
+    from converters.float8.weight_scales import precompute_float8_dynamic_scale_for_fsdp
 
 __all__ = [
     "CastConfig",
@@ -64,7 +64,7 @@ _HOME = {
     "ScalingType": "config",
     "auto_filter_for_recipe": "filters",
     "convert_to_float8_training": "convert",
-    "precompute_float8_dynamic_scale_for_fsdp": "fsdp",
+    "precompute_float8_dynamic_scale_for_fsdp": "weight_scales",
     "sync_float8_amax_and_scale_history": "delayed",
 }
 

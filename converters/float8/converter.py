@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from converters.base import ConversionReport, ConversionRow, Converter, ConverterContext
 from converters.config import Float8SectionConfig
@@ -35,9 +36,13 @@ from converters.float8.delayed import (
     sync_float8_amax_and_scale_history,
 )
 from converters.float8.filters import auto_filter_for_recipe
-from converters.float8.fsdp import precompute_float8_dynamic_scale_for_fsdp
 from converters.float8.gemm import CPU_HAS_ROW_SCALES, check_device
 from converters.float8.linear import CASTS_TO_SAVE, OPS_TO_SAVE, Float8Linear
+from converters.float8.weight_scales import (
+    gathered_in_float8,
+    precompute_float8_dynamic_scale_for_fsdp,
+    read_amaxes_of_changed_weights,
+)
 from kernels.support import runs_triton
 
 logger = logging.getLogger(__name__)
@@ -88,6 +93,8 @@ class Float8Converter(Converter):
         self.recipe = Float8LinearRecipeName(section.recipe_name or "tensorwise")
         self.config = linear_config(section)
         self._collected = False
+        self._amaxes: dict[Tensor, Tensor] | None = None
+        """Parameter -> amax of this rank's part, as the optimizer found it; None where it finds none."""
         index = (
             torch.cuda.current_device()
             if context.device_type == "cuda" and torch.cuda.is_available()
@@ -226,8 +233,19 @@ class Float8Converter(Converter):
         """The scaled GEMM, the amax and, where asked for, casts: see `linear.OPS_TO_SAVE`."""
         return OPS_TO_SAVE + (CASTS_TO_SAVE if self.config.saved_input == "float8" else ())
 
+    def optimizer_built(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Have an optimizer that can (`trainer.optim.one_pass`) find weights' amaxes as it writes them."""
+        amaxes: dict[Tensor, Tensor] | None = getattr(optimizer, "amaxes", None)
+        if amaxes is None or not self.section.precompute_float8_dynamic_scale_for_fsdp:
+            return
+        for parameter in gathered_in_float8(model):
+            amaxes[parameter] = torch.zeros((), device=parameter.device)
+        self._amaxes = amaxes
+
     def before_step(self, model: nn.Module, step: int) -> None:
-        """Turn statistics on for a logged step and off after it."""
+        """Scales of weights that are new or were loaded; statistics on for a logged step and off after it."""
+        if self._amaxes is not None:
+            read_amaxes_of_changed_weights(model, self._amaxes)
         freq = self.section.log_stats_freq
         wanted = bool(freq) and (step == 1 or step % freq == 0)
         if wanted or self._collected:
@@ -247,7 +265,7 @@ class Float8Converter(Converter):
     def after_optimizer_step(self, model: nn.Module) -> None:
         """Compute the weights' scales for the next step's float8 all-gathers."""
         if self.section.precompute_float8_dynamic_scale_for_fsdp:
-            precompute_float8_dynamic_scale_for_fsdp(model)
+            precompute_float8_dynamic_scale_for_fsdp(model, self._amaxes)
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
         """Health of every float8 layer on steps that collected it; of the last micro-batch, on this rank.

@@ -20,7 +20,6 @@ backward and all micro-batches of a step gather what was cast once.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -31,7 +30,13 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils import _pytree as pytree
 
 from converters.float8.gemm import Float8Operand
-from converters.float8.scaling import amax_of, cast_with_scale, compute_amax, scale_from_amax
+from converters.float8.scaling import (
+    amax_of,
+    cast_to_float8,
+    cast_with_scale,
+    scale_from_amax,
+)
+from kernels import cast as kernels
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -222,6 +227,19 @@ class GatheredFloat8(_Wrapper):
         args, kwargs = pytree.tree_map_only(GatheredFloat8, lambda t: t.dequantize_hp(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
+    def renew(self, shard: Tensor) -> None:
+        """Take over the values of `shard`, which is the whole weight, in place."""
+        assert isinstance(shard, FSDPFloat8Shard), type(shard)
+        self._scale = shard.global_scale(None)
+        if shard._settings.cast_kernels == "triton":
+            kernels.cast_float8_into(self._data, shard._tensor, self._scale)
+        else:
+            self._data.copy_(cast_to_float8(shard._tensor, self._scale, self._data.dtype))
+
+    def is_gathered(self) -> bool:
+        """False where FSDP2 has freed it."""
+        return self._data.untyped_storage().size() > 0
+
     def dequantize_hp(self) -> Tensor:
         """x8 / s in the compute dtype."""
         return (self._data.to(torch.float32) / self._scale).to(self.dtype)
@@ -282,45 +300,7 @@ def _map_local(t: Tensor, wrap: Callable[[Tensor], Tensor]) -> Tensor:
     )
 
 
-@torch.no_grad()
-def precompute_float8_dynamic_scale_for_fsdp(model: nn.Module) -> None:
-    """After the optimizer step: the scales of all float8-gathered weights with one all-reduce."""
-    params = [p for p in model.parameters() if isinstance(getattr(p, "_local_tensor", None), FSDPFloat8Shard)]
-    if not params:
-        warnings.warn(
-            "precompute_float8_dynamic_scale_for_fsdp has no effect: no parameter is gathered in float8",
-            stacklevel=3,
-        )
-        return
-    shards: list[FSDPFloat8Shard] = [p._local_tensor for p in params]
-    amaxes = _amaxes(shards)
-    mesh = _sharding_axes(params[0].device_mesh)
-    if mesh.size() > 1:
-        dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=mesh.get_group())
-    by_kind: dict[Any, list[int]] = {}
-    for index, shard in enumerate(shards):
-        by_kind.setdefault((shard._settings.dtype, shard._settings.power_of_2), []).append(index)
-    for (dtype, power_of_2), indices in by_kind.items():
-        scales = scale_from_amax(amaxes[indices], dtype, power_of_2)
-        for scale, index in zip(scales.unbind(), indices, strict=True):
-            shards[index]._scale = scale
-
-
-def _amaxes(shards: list[FSDPFloat8Shard]) -> Tensor:
-    """(n,) fp32: each shard's amax."""
-    if shards[0]._settings.cast_kernels != "triton":
-        return torch.stack([compute_amax(shard._tensor).to(torch.float32) for shard in shards])
-    # One read of each, many tensors a launch. A rank may hold nothing of a small weight, and an empty norm
-    # is undefined.
-    amaxes = torch.zeros(len(shards), device=shards[0]._tensor.device)
-    slots = [slot for slot, shard in zip(amaxes.unbind(), shards, strict=True) if shard._tensor.numel()]
-    filled = [shard._tensor for shard in shards if shard._tensor.numel()]
-    if filled:
-        torch._foreach_copy_(slots, list(torch._foreach_norm(filled, ord=float("inf"))))
-    return amaxes
-
-
-def _sharding_axes(mesh: DeviceMesh) -> DeviceMesh:
+def sharding_axes(mesh: DeviceMesh) -> DeviceMesh:
     """A parameter's mesh as one axis, without the replicas: they hold the same."""
     names = tuple(name for name in mesh.mesh_dim_names or () if name != "dp_replicate")
     if not names or mesh.ndim == 1:
@@ -339,5 +319,5 @@ def weight_before_gather(weight: Tensor) -> tuple[Tensor, Tensor, torch.dtype] |
     if not isinstance(shard, FSDPFloat8Shard):
         return None
     mesh = getattr(weight, "device_mesh", None)
-    scale = shard.global_scale(None if mesh is None else _sharding_axes(mesh))
+    scale = shard.global_scale(None if mesh is None else sharding_axes(mesh))
     return shard._tensor, scale, shard._settings.dtype

@@ -199,8 +199,12 @@ def amax(x: Tensor) -> Tensor:
 
 def cast_float8(x: Tensor, scale: Tensor, dtype: torch.dtype, stored_as: torch.dtype | None = None) -> Tensor:
     """X8 of x's shape."""
+    return cast_float8_into(torch.empty(x.shape, dtype=stored_as or dtype, device=x.device), x, scale, dtype)
+
+
+def cast_float8_into(out: Tensor, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """X8, written to `out`, which is contiguous."""
     x = x.contiguous()
-    out = torch.empty(x.shape, dtype=stored_as or dtype, device=x.device)
     grid = (triton.cdiv(x.numel(), _ELEMENTS),)
     with torch.cuda.device_of(x):
         cast_kernel[grid](x, scale, out, x.numel(), float8_max(dtype), BLOCK=_ELEMENTS, num_warps=8)

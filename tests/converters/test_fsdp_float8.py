@@ -2,6 +2,7 @@
 
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,15 @@ from converters.float8 import (
     convert_to_float8_training,
     precompute_float8_dynamic_scale_for_fsdp,
 )
-from converters.float8.fsdp import FSDPFloat8Shard, GatheredFloat8, GatherSettings, _amaxes
+from converters.float8.fsdp import FSDPFloat8Shard, GatheredFloat8, GatherSettings
 from converters.float8.scaling import scale_from_amax
+from converters.float8.weight_scales import (
+    amaxes_of_shards,
+    gathered_in_float8,
+    read_amaxes_of_changed_weights,
+)
+from parallelisms.direct_weights import DirectWeights
+from trainer.optim.one_pass import OnePassAdamW
 
 WORLD = 2
 KERNELS = {"cast_kernels": "triton", "saved_input": "float8", "keep_float8_shards": True}
@@ -142,6 +150,57 @@ def test_amaxes_of_all_shards_at_once() -> None:
         settings = GatherSettings(torch.float8_e4m3fn, False, None, kernels)
         shards = [shard(settings, 8, 16), shard(settings, 0, 16), shard(settings, 1, 16)]
         shards[2]._tensor[0, 3] = float("nan")
-        amaxes = _amaxes(shards)
+        amaxes = amaxes_of_shards(shards)
         assert amaxes[:2].tolist() == [shards[0]._tensor.abs().max().item(), 0.0]
         assert amaxes[2].isnan()
+
+
+def direct_worker(rank: int, rendezvous: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=1)
+    try:
+        found = []
+        for direct in (False, True):
+            model = build(Float8LinearConfig(enable_fsdp_float8_all_gather=True))
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16 if direct else torch.float32)
+            fully_shard(model, mp_policy=policy, reshard_after_forward=False)
+            optimizer = OnePassAdamW(
+                model.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
+            )
+            weights = DirectWeights(model, torch.bfloat16) if direct else None
+            if weights is not None:
+                weights.attach(optimizer)
+            found.append(list(three_steps(model, optimizer, weights)))
+        assert found[0] == found[1]
+        assert len(set(found[0])) == 3
+    finally:
+        dist.destroy_process_group()
+
+
+def three_steps(model: nn.Module, optimizer: OnePassAdamW, weights: DirectWeights | None) -> Iterator[float]:
+    """Losses; the optimizer finds amaxes, but for the second step, which is skipped."""
+    gathered = gathered_in_float8(model)
+    optimizer.amaxes.update({p: torch.zeros(()) for p in gathered})
+    for step in range(3):
+        read_amaxes_of_changed_weights(model, optimizer.amaxes)
+        loss = (
+            model(torch.randn(16, 32, generator=torch.Generator().manual_seed(step))).float().square().mean()
+        )
+        loss.backward()
+        if weights is not None:
+            weights.hand_over_gradients()
+        optimizer.found_inf = torch.tensor(float(step == 1))
+        optimizer.step()
+        optimizer.zero_grad()
+        precompute_float8_dynamic_scale_for_fsdp(model, optimizer.amaxes)
+        for p in gathered:
+            shard = p._local_tensor
+            wanted = scale_from_amax(shard._tensor.abs().amax(), torch.float8_e4m3fn)
+            assert torch.equal(shard._scale, wanted), step
+            assert optimizer.amaxes[p] == shard._tensor.abs().amax()
+        yield loss.item()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+def test_one_rank_keeps_its_float8_weights_and_renews_them() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(direct_worker, args=(str(Path(folder) / "rendezvous"),), nprocs=1)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from converters.float8 import CastConfig, Float8Linear, Float8LinearConfig, ScalingType
-from converters.float8.fsdp import FSDPFloat8Shard, GatherSettings, _amaxes
+from converters.float8.fsdp import FSDPFloat8Shard, GatherSettings
+from converters.float8.weight_scales import amaxes_of_shards
 from kernels import cast
 from kernels.scaling import cast_to_float8, compute_amax, float8_max, scale_from_amax
 from kernels.support import runs_float8_triton
@@ -201,7 +202,7 @@ def test_amaxes_of_many_shards(dtype: torch.dtype) -> None:
     settings = GatherSettings(E4M3, False, None, "triton", True)
     tensors = [sample(size, dtype) for size in [(3, 5), (0, 8), (512, 2048), (1, 1)]]
     tensors[0][1, 1] = math.nan
-    amaxes = _amaxes([FSDPFloat8Shard(t, settings) for t in tensors])
+    amaxes = amaxes_of_shards([FSDPFloat8Shard(t, settings) for t in tensors])
     assert amaxes[0].isnan()
     assert amaxes[1:].tolist() == [0.0, *(compute_amax(t).item() for t in tensors[2:])]
 

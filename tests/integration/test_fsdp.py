@@ -6,6 +6,8 @@ from tests.integration.test_layouts import compiling_steps
 
 REDUCE, SINGLE = "--parallelism.fsdp_reduce_scatter", "--parallelism.fsdp_single_shard"
 FLOAT8 = ("--model.converters=float8", "--quantize.linear.float8.filter_fqns=output")
+GATHER = ("--quantize.linear.float8.enable_fsdp_float8_all_gather",)
+PRECOMPUTE = "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp"
 COMPILED = (
     "--compile.enable",
     "--compile.backend=aot_eager",
@@ -31,11 +33,13 @@ def test_gradients_that_travel_in_bf16_train_as_those_in_fp32(train):
 
 
 @pytest.mark.slow
-def test_direct_weights_train_as_copied_ones(train):
+@pytest.mark.parametrize("optimizer", ["fused", "one_pass"])
+@pytest.mark.parametrize("gather", [(), GATHER, (*GATHER, PRECOMPUTE)], ids=["bf16", "float8", "scales"])
+def test_direct_weights_train_as_copied_ones(train, gather, optimizer):
     """Compiled blocks, float8 linears, recomputation, validation, saves in between."""
-    flags = (*FLOAT8, *COMPILED, *VALIDATION, *SAVES, "--training.global_batch_size=4")
-    want = train(*flags, name="copy")
-    got = train(*flags, f"{SINGLE}=direct", name="direct")
+    flags = (*FLOAT8, *gather, *COMPILED, *VALIDATION, *SAVES, "--training.global_batch_size=4")
+    want = train(*flags, f"--optimizer.implementation={optimizer}", name="copy")
+    got = train(*flags, f"--optimizer.implementation={optimizer}", f"{SINGLE}=direct", name="direct")
     assert got.differences(want) == {"loss": 0, "grad_norm": 0}
     assert got.curve("validation_loss") == want.curve("validation_loss")
     assert compiling_steps(got) == compiling_steps(want)

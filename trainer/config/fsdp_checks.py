@@ -38,8 +38,8 @@ def fsdp_problems(loaded: Loaded) -> Iterator[Problem]:
         "reduces no gradients, so parallelism.fsdp_reduce_scatter would have no effect": (
             p.fsdp_reduce_scatter != "torch"
         ),
-        "keeps weights in bf16, enable_fsdp_float8_all_gather casts them to float8 at every gather": (
-            "float8" in c.model.converters and float8.enable_fsdp_float8_all_gather
+        "keeps whole float8 weights, so float8.keep_float8_shards would have no effect": (
+            "float8" in c.model.converters and float8.keep_float8_shards
         ),
     }
     yield from (loaded.problem(_SINGLE, f"'direct' {reason}") for reason, true in refused.items() if true)

@@ -75,7 +75,7 @@ class BlockMemory:
     element_bytes: int
     compiled: bool
     float8_weight_bytes: int = 0
-    """Of the block's weights that FSDP gathers in float8 and the compiler may keep turned."""
+    """Of the block's weights that a compiled forward may keep in float8, turned for backward."""
     fused_norm: bool = False
     """The norms are kernels that the compiler cannot look into."""
     fused_product: bool = False

@@ -33,11 +33,14 @@ def plan_memory(
 def block_memory(config: Any, model: ModelShape, layout: Layout) -> BlockMemory:
     """Activation sizes of the model's blocks under this layout."""
     compiled = config.compile.enable and "model" in config.compile.components
-    kept = sum(p.local_numel for p in model.block if p.gather_bytes_per_element == 1)
     float8 = config.quantize.linear.float8
-    # Triton's casts turn a gathered weight in backward.
-    if float8.force_recompute_fp8_weight_in_bwd or float8.cast_kernels == "triton":
-        kept = 0
+    # A compiler that sees PyTorch's casts may keep a weight that came in float8 turned for backward. Triton's
+    # turn that one in backward, and keep what they make of a weight that came in the compute dtype.
+    turned = float8.enable_fsdp_float8_all_gather != (float8.cast_kernels == "triton")
+    linears = [linear for part in model.sizes.parts for linear in (*part.columnwise, *part.rowwise)]
+    kept = 0
+    if turned and not float8.force_recompute_fp8_weight_in_bwd:
+        kept = sum(linear.k * linear.n for linear in linears if linear.float8)
     chosen = model_config(config)
     return BlockMemory(
         model.sizes,
@@ -62,6 +65,9 @@ def step_shape(
     """All sizes of one rank's step."""
     units = _units(config, model, layout, stage, recompute)
     held = sum(unit.shard_numel for unit in units)
+    reduction = _reduction(config, layout, units)
+    if reduction.copies_bytes:
+        units = tuple(replace(unit, gathered_bytes=0) for unit in units)
     master = 2 if config.training.dtype == "bfloat16" else 4
     logits, forward, saved, backward = _loss(config, model, layout) if stage.last else (0, 0, 0, 0)
     return StepShape(
@@ -79,14 +85,14 @@ def step_shape(
         element_bytes(config),
         master,
         config.training.enable_cpu_offload,
-        _reduction(config, layout, sum(unit.local_numel for unit in units)),
+        reduction,
     )
 
 
-def _reduction(config: Any, layout: Layout, numel: int) -> Reduction:
+def _reduction(config: Any, layout: Layout, units: tuple[Unit, ...]) -> Reduction:
     """As `parallelisms.fsdp` arranges it, or `parallelisms.direct_weights`."""
     if config.parallelism.fsdp_single_shard == "direct":
-        copies = numel * element_bytes(config)
+        copies = sum(unit.gathered_bytes for unit in units if unit.backward_reads_weights)
         return Reduction(copies_bytes=copies, widens=config.optimizer.implementation != "one_pass")
     how, replicas = config.parallelism.fsdp_reduce_scatter, layout.degrees["dp_replicate"]
     accumulates = layout.degrees["pp"] == 1 and layout.rounds > 1
@@ -131,8 +137,6 @@ def _units(
         )
     elif stage.last:
         units.append(_unit("norm, output", model.head, True, final_input, 0))
-    if p.fsdp_single_shard == "direct":
-        units = [replace(unit, gathered_bytes=0) for unit in units]
     return tuple(units)
 
 

@@ -34,7 +34,12 @@ FLOAT8_GATHER = ("--model.converters=float8", "--quantize.linear.float8.enable_f
         ([DIRECT, OFFLOAD], 1, "training.enable_cpu_offload does not"),
         ([DIRECT, "--parallelism.fsdp_reshard_after_forward=always"], 1, "'always' frees them"),
         ([DIRECT, WIRE], 1, "would have no effect"),
-        ([DIRECT, *FLOAT8_GATHER], 1, "casts them to float8 at every gather"),
+        ([DIRECT, *FLOAT8_GATHER], 1, None),
+        (
+            [DIRECT, *FLOAT8_GATHER, "--quantize.linear.float8.keep_float8_shards"],
+            1,
+            "keep_float8_shards would have no effect",
+        ),
     ],
 )
 def test_what_does_not_go_together(flags, processes, expected):
