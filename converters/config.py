@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-CastKernels = Literal["torch", "triton"]
-SavedInput = Literal["high_precision", "float8"]
+CastKernels = Literal["auto", "torch", "triton"]
+SavedInput = Literal["auto", "high_precision", "float8"]
 ScalingTypeName = Literal["dynamic", "delayed", "static"]
 _TENSORS = ("input", "weight", "grad_output")
 
@@ -54,10 +54,12 @@ class Float8SectionConfig:
     """Convert layers whose sizes are not divisible by 16 too, padding them with zeros inside the GEMM."""
     force_recompute_fp8_weight_in_bwd: bool = False
     """Under compile, recompute the float8 weight in backward rather than keep it (memory with FSDP)."""
-    cast_kernels: CastKernels = "torch"
-    """Casts as PyTorch ops that a compiler fuses, or Triton kernels that write both layouts in one read."""
-    saved_input: SavedInput = "high_precision"
-    """What backward keeps of a linear's input: the input, or its float8 cast at 1 byte an element."""
+    cast_kernels: CastKernels = "auto"
+    """Casts as PyTorch ops that a compiler fuses, or Triton kernels that write both layouts in one read;
+    `auto` takes these on a GPU."""
+    saved_input: SavedInput = "auto"
+    """What backward keeps of a linear's input: the input, or its float8 cast at 1 byte an element; `auto`
+    takes this with Triton's casts."""
     keep_float8_shards: bool = False
     """Keep float8 shards for all gathers of a step, 1 byte an element; needs the float8 all-gather."""
 
@@ -95,7 +97,7 @@ class Float8SectionConfig:
             yield "calibration", "is of float8 GEMMs, which emulate does without; leave one of them out"
 
     def _kernel_problems(self) -> Iterator[tuple[str, str]]:
-        if self.saved_input == "float8" and self.cast_kernels != "triton":
+        if self.saved_input == "float8" and self.cast_kernels == "torch":
             yield (
                 "saved_input",
                 "'float8' needs cast_kernels = 'triton': what is kept of PyTorch's casts is the compiler's "

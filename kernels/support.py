@@ -24,6 +24,11 @@ def _converts_to_float8(index: int | None) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (8, 9)
 
 
+def gpu_casts_to_float8() -> bool:
+    """Whether this process has a GPU on which `runs_float8_triton`."""
+    return torch.cuda.is_available() and runs_float8_triton(torch.device("cuda", torch.cuda.current_device()))
+
+
 def runs_float8_triton(device: torch.device) -> bool:
     """Whether kernels that write float8 run as Triton on `device`: from compute capability 8.9 on."""
     return runs_triton(device) and _converts_to_float8(device.index)

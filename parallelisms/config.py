@@ -17,13 +17,13 @@ class ParallelismConfig:
     """FSDP2 shards; -1 takes all devices that the other degrees leave."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Free a unit's gathered weights after its forward; `default` does so unless pipelined, or there is one
-    shard alone and one of the next two is not at its default: then they are cast once a step, not twice."""
-    fsdp_reduce_scatter: Literal["torch", "compute_pool", "bfloat16_wire"] = "torch"
+    shard alone and the next two are not `torch` and `copy`: then they are cast once a step, not twice."""
+    fsdp_reduce_scatter: Literal["auto", "torch", "compute_pool", "bfloat16_wire"] = "auto"
     """Where sharded gradients lie and how they travel: in a memory pool of their own (`torch`), in that of
-    the computation, or there after travelling in bf16; the sum is fp32 in all three."""
-    fsdp_single_shard: Literal["copy", "direct"] = "copy"
+    the computation (on a GPU `auto`), or there after travelling in bf16; the sum is fp32 in all three."""
+    fsdp_single_shard: Literal["auto", "copy", "direct"] = "auto"
     """On one device alone: gather and reduce as on many (`copy`), or keep a bf16 copy of the weights over
-    steps and take gradients from where backward left them (`direct`)."""
+    steps and take gradients from where backward left them (`direct`); `auto` does on a GPU where it can."""
     tensor_parallel_degree: int = field(default=1, metadata={"min": 1})
     """Devices that share each matrix, with sequence-parallel norms between them."""
     disable_loss_parallel: bool = False

@@ -33,6 +33,7 @@ from parallelisms.mesh import Mesh, build_mesh
 from trainer import startup
 from trainer.build import build_model
 from trainer.config import checks, derived
+from trainer.config.device_defaults import with_device_defaults
 from trainer.config.job import JobConfig
 from trainer.config.load import Loaded
 from trainer.data.batches import Batch
@@ -120,7 +121,7 @@ def dry_run(loaded: Loaded, rank: Rank) -> DryRun:
         ConfigError: as a run would.
     """
     rank = replace(rank, device=torch.device("cpu"))
-    config = _eager(loaded.config)
+    config = _eager(with_device_defaults(loaded.config, kernels=False, world_size=rank.world_size))
     _fake_process_group(rank)
     try:
         mesh = build_mesh(config.parallelism, "cpu", rank.world_size)

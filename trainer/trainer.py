@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.support import runs_triton
 from parallelisms.distributed import (
     Rank,
     init_process_group,
@@ -35,6 +36,7 @@ from trainer.checkpoint.changes import flat_settings
 from trainer.checkpoint.manager import CheckpointManager
 from trainer.checkpoint.state import RunState
 from trainer.config import derived
+from trainer.config.device_defaults import with_device_defaults
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.load import Loaded
 from trainer.config.render import as_json
@@ -65,7 +67,8 @@ class Trainer:
     """One rank of a training run; `signals` are the requests to stop that it follows."""
 
     def __init__(self, loaded: Loaded, rank: Rank, signals: SignalWatch | None = None):
-        config = loaded.config
+        kernels = runs_triton(rank.device)
+        config = with_device_defaults(loaded.config, kernels=kernels, world_size=rank.world_size)
         self.loaded, self.config, self.rank, self.device = loaded, config, rank, rank.device
 
         # 1. Processes: group, mesh, seed.

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kernels.support import gpu_casts_to_float8
+
 
 class ScalingType(str, Enum):
     """Where a scale comes from."""
@@ -182,13 +184,16 @@ SECOND_USE = {
 }
 """Field of a tensor's cast in its first GEMM -> field of its cast in the second."""
 
-CAST_KERNELS = ("torch", "triton")
-SAVED_INPUT = ("high_precision", "float8")
+CAST_KERNELS = ("auto", "torch", "triton")
+SAVED_INPUT = ("auto", "high_precision", "float8")
 
 
 @dataclass(frozen=True)
 class Float8LinearConfig:
-    """All about one float8 linear. After construction no cast config is None and all dtypes are set."""
+    """All about one float8 linear.
+
+    After construction no cast config is None, all dtypes are set, and nothing is ``auto``.
+    """
 
     cast_config_input: CastConfig = field(default_factory=CastConfig)
     """X in the output GEMM."""
@@ -220,10 +225,12 @@ class Float8LinearConfig:
     """Round every computed scale down to a power of two, which makes scaling itself exact."""
     delayed_scaling_config: DelayedScalingConfig = field(default_factory=DelayedScalingConfig)
     """Settings of delayed scaling, where a cast config asks for it."""
-    cast_kernels: str = "torch"
-    """``torch``: casts as PyTorch ops, which a compiler fuses; ``triton``: one kernel writes both layouts."""
-    saved_input: str = "high_precision"
-    """What backward keeps of the input: itself, cast again; or ``float8``, its transposed cast (1 byte)."""
+    cast_kernels: str = "auto"
+    """``torch``: casts as PyTorch ops, which a compiler fuses; ``triton``: one kernel writes both layouts;
+    ``auto`` becomes the latter where there is a GPU for it."""
+    saved_input: str = "auto"
+    """What backward keeps of the input: itself (``high_precision``), cast again; or ``float8``, its
+    transposed cast (1 byte); ``auto`` becomes the latter with Triton's casts, where backward reads it."""
     keep_float8_shards: bool = False
     """Keep a shard cast for the float8 all-gather until the weight changes: 1 byte an element of it."""
 
@@ -269,12 +276,19 @@ class Float8LinearConfig:
         for name, allowed in (("cast_kernels", CAST_KERNELS), ("saved_input", SAVED_INPUT)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Float8LinearConfig: {name} is {getattr(self, name)!r}, allowed: {allowed}")
+        reads_input = self.cast(SECOND_USE["cast_config_input"]).enabled
+        if self.cast_kernels == "auto":
+            wanted = self.saved_input == "float8" or (gpu_casts_to_float8() and not self.emulate)
+            object.__setattr__(self, "cast_kernels", "triton" if wanted else "torch")
+        if self.saved_input == "auto":
+            saved = "float8" if self.cast_kernels == "triton" and reads_input else "high_precision"
+            object.__setattr__(self, "saved_input", saved)
         if self.saved_input == "float8" and self.cast_kernels != "triton":
             raise ValueError(
                 "Float8LinearConfig: saved_input='float8' needs cast_kernels='triton':\n"
                 "what is kept of PyTorch's casts is the compiler's choice"
             )
-        if self.saved_input == "float8" and not self.cast(SECOND_USE["cast_config_input"]).enabled:
+        if self.saved_input == "float8" and not reads_input:
             raise ValueError(
                 "Float8LinearConfig: saved_input='float8' has no effect where the grad_weight GEMM, which "
                 "reads the input in backward, is in high precision"

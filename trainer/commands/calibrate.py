@@ -85,9 +85,11 @@ def _minimum_speedup(words: CommandWords) -> float:
 def _calibrate(loaded: Loaded, words: CommandWords) -> int:
     import torch
 
+    from kernels.support import runs_triton
     from trainer.calibration.calibrate import render, time_shapes, to_calibration
     from trainer.calibration.shapes import linears_of
     from trainer.config import checks
+    from trainer.config.device_defaults import with_device_defaults
     from trainer.plan.layout import build_layout
     from trainer.plan.plan import default_world_size
 
@@ -106,6 +108,7 @@ def _calibrate(loaded: Loaded, words: CommandWords) -> int:
     if kind == "cuda":
         torch.cuda.set_device(device)
     name = torch.cuda.get_device_name(device) if kind == "cuda" else "cpu"
+    config = with_device_defaults(config, kernels=runs_triton(device), world_size=world_size)
     compiled = kind == "cuda" or (config.compile.enable and "model" in config.compile.components)
     found = linears_of(config, build_layout(config, world_size), kind)
     print(_title(config, name, compiled=compiled))

@@ -36,7 +36,7 @@ def fsdp_problems(loaded: Loaded) -> Iterator[Problem]:
             p.fsdp_reshard_after_forward == "always"
         ),
         "reduces no gradients, so parallelism.fsdp_reduce_scatter would have no effect": (
-            p.fsdp_reduce_scatter != "torch"
+            p.fsdp_reduce_scatter not in ("auto", "torch")
         ),
         "keeps whole float8 weights, so float8.keep_float8_shards would have no effect": (
             "float8" in c.model.converters and float8.keep_float8_shards

@@ -86,9 +86,9 @@ class TrainingConfig:
     """Dtype that weights are cast to for forward and backward."""
     mixed_precision_reduce: Literal["float32"] = "float32"
     """Dtype in which gradients are summed over ranks."""
-    loss_kernel: Literal["torch", "fused"] = "torch"
+    loss_kernel: Literal["auto", "torch", "fused"] = "auto"
     """Cross-entropy by PyTorch (compiled where `compile` says so), or by kernels that write the logits'
-    gradient over the logits and keep nothing else of their size."""
+    gradient over the logits and keep nothing else of their size; `auto` takes these on a GPU."""
     loss_chunk_tokens: int = field(default=0, metadata={"min": 0})
     """Output and loss of about so many tokens at a time, gradients at once, so that the logits never exist
     whole; 0 takes a micro-batch as it is."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.config import checks, derived
+from trainer.config.device_defaults import with_device_defaults
 from trainer.config.errors import ConfigError, Problem
 from trainer.config.load import Loaded
 from trainer.metrics.devices import DEVICES, Device
@@ -87,12 +88,13 @@ def make_plan(loaded: Loaded, world_size: int, device: Device) -> Plan:
     kind = "cpu" if device.key == "cpu" else "cuda"
     if problems:
         raise ConfigError([*problems, *_converter_problems(loaded.config, kind)])
-    layout = build_layout(loaded.config, world_size, device.devices_per_host)
-    return _plan(loaded, layout, read_model(loaded.config, layout, kind), device)
+    config = with_device_defaults(loaded.config, kernels=kind == "cuda", world_size=world_size)
+    layout = build_layout(config, world_size, device.devices_per_host)
+    notes = tuple(checks.warnings(loaded))
+    return _plan(config, layout, read_model(config, layout, kind), device, notes)
 
 
-def _plan(loaded: Loaded, layout: Layout, model: ModelShape, device: Device) -> Plan:
-    config = loaded.config
+def _plan(config: Any, layout: Layout, model: ModelShape, device: Device, notes: tuple[str, ...]) -> Plan:
     stages = build_stages(config, layout, model.n_layers)
     found = auto.options(config, model, layout, stages, device)
     automatic = config.activation_checkpoint.mode == "auto"
@@ -124,7 +126,7 @@ def _plan(loaded: Loaded, layout: Layout, model: ModelShape, device: Device) -> 
         time=max(known, key=lambda time: time.slowest_seconds) if known else None,
         checkpoint_bytes=3 * model.parameters * master,
         model_bytes=model.parameters * _DTYPE_BYTES[config.checkpoint.export_dtype],
-        notes=tuple(checks.warnings(loaded)),
+        notes=notes,
     )
 
 

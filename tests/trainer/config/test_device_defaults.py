@@ -1,0 +1,93 @@
+"""What ``auto`` becomes, with and without kernels, and that nothing stays ``auto``."""
+
+import pytest
+
+from trainer.config.device_defaults import with_device_defaults
+from trainer.config.load import load
+
+ONE_PASS = "--optimizer.implementation=one_pass"
+FLOAT8 = "--quantize.linear.float8"
+CONVERT = "--model.converters=float8"
+
+
+def chosen(flags, *, kernels=True, world_size=1):
+    config = with_device_defaults(load(flags, env={}).config, kernels=kernels, world_size=world_size)
+    float8, parallelism = config.quantize.linear.float8, config.parallelism
+    return {
+        "loss": config.training.loss_kernel,
+        "casts": float8.cast_kernels,
+        "input": float8.saved_input,
+        "single": parallelism.fsdp_single_shard,
+        "reduce": parallelism.fsdp_reduce_scatter,
+    }
+
+
+def test_without_kernels_everything_is_torchs():
+    assert chosen([ONE_PASS, CONVERT], kernels=False) == {
+        "loss": "torch",
+        "casts": "torch",
+        "input": "high_precision",
+        "single": "copy",
+        "reduce": "torch",
+    }
+
+
+def test_one_gpu():
+    assert chosen([ONE_PASS, CONVERT]) == {
+        "loss": "fused",
+        "casts": "triton",
+        "input": "float8",
+        "single": "direct",
+        "reduce": "torch",
+    }
+
+
+def test_two_gpus():
+    found = chosen([ONE_PASS, CONVERT], world_size=2)
+    assert (found["single"], found["reduce"]) == ("copy", "compute_pool")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        [ONE_PASS, "--training.global_batch_size=16"],
+        [ONE_PASS, "--training.mixed_precision_param=float32"],
+        [ONE_PASS, "--parallelism.fsdp_reshard_after_forward=always"],
+        [ONE_PASS, f"{FLOAT8}.enable_fsdp_float8_all_gather", f"{FLOAT8}.keep_float8_shards", CONVERT],
+    ],
+    ids=["fused", "accumulated", "fp32", "freed", "kept"],
+)
+def test_weights_are_copied_where_direct_would_be_refused_or_cost_memory(flags):
+    found = chosen(flags)
+    assert (found["single"], found["reduce"]) == ("copy", "compute_pool")
+
+
+@pytest.mark.parametrize("flag", ["--training.dtype=bfloat16", "--training.enable_cpu_offload"])
+def test_torchs_reduction_where_another_has_no_effect(flag):
+    found = chosen([flag])
+    assert (found["single"], found["reduce"]) == ("copy", "torch")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([f"{FLOAT8}.cast_kernels=torch"], {"casts": "torch", "input": "high_precision"}),
+        ([f"{FLOAT8}.emulate"], {"casts": "torch", "input": "high_precision"}),
+        ([f"{FLOAT8}.recipe_name=rowwise_with_gw_hp"], {"casts": "triton", "input": "high_precision"}),
+        ([f"{FLOAT8}.saved_input=high_precision"], {"casts": "triton", "input": "high_precision"}),
+        (["--compile.enable", "--compile.components=loss"], {"loss": "torch"}),
+        (["--compile.enable", "--compile.components=model,loss"], {"loss": "fused"}),
+        (["--training.loss_kernel=torch"], {"loss": "torch"}),
+        ([ONE_PASS, "--parallelism.fsdp_reduce_scatter=torch"], {"single": "copy", "reduce": "torch"}),
+        ([ONE_PASS, "--parallelism.fsdp_single_shard=copy"], {"single": "copy", "reduce": "compute_pool"}),
+        (["--parallelism.fsdp_single_shard=direct"], {"single": "direct", "reduce": "torch"}),
+    ],
+)
+def test_what_is_given_stays_and_the_rest_gives_way(flags, expected):
+    found = chosen([CONVERT, *flags])
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_saved_float8_brings_its_casts():
+    assert chosen([CONVERT, f"{FLOAT8}.saved_input=float8"], kernels=False)["casts"] == "triton"

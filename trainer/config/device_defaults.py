@@ -1,0 +1,74 @@
+"""What ``auto`` stands for in settings that change speed and memory, not results, on the device of a run.
+
+    setting                                   on a GPU with Triton             elsewhere
+    training.loss_kernel                      fused                            torch
+    quantize.linear.float8.cast_kernels       triton                           torch
+    quantize.linear.float8.saved_input        float8, where backward reads it  high_precision
+    parallelism.fsdp_single_shard             direct, where it may be          copy
+    parallelism.fsdp_reduce_scatter           compute_pool                     torch
+
+Each choice is the faster one as measured (`docs/performance.md`). A setting that is given stays as it is, and
+others give way to it. `activation_checkpoint.mode`, whose choice needs the device's memory, is resolved later
+by `trainer.plan.resolve`. Torch-free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from trainer.config.derived import batch_arithmetic
+
+
+def with_device_defaults(config: Any, *, kernels: bool, world_size: int) -> Any:
+    """The config of a run with every ``auto`` of the table replaced.
+
+    Args:
+        config: Checked.
+        kernels: Whether Triton kernels run on its devices.
+        world_size: Processes.
+    """
+    training, compiles = config.training, config.compile
+    if training.loss_kernel == "auto":
+        asked = compiles.enable and compiles.components == ["loss"]  # for a compiled loss, and nothing else
+        training = replace(training, loss_kernel="fused" if kernels and not asked else "torch")
+    linear = replace(config.quantize.linear, float8=_float8(config.quantize.linear.float8, kernels))
+    return replace(
+        config,
+        training=training,
+        parallelism=_parallelism(config, kernels, world_size),
+        quantize=replace(config.quantize, linear=linear),
+    )
+
+
+def _float8(section: Any, kernels: bool) -> Any:
+    cast_kernels, saved_input = section.cast_kernels, section.saved_input
+    if cast_kernels == "auto":
+        wanted = kernels and not section.emulate
+        cast_kernels = "triton" if wanted or saved_input == "float8" else "torch"
+    if saved_input == "auto":
+        reads = cast_kernels == "triton" and section.recipe_name != "rowwise_with_gw_hp"
+        saved_input = "float8" if reads else "high_precision"
+    return replace(section, cast_kernels=cast_kernels, saved_input=saved_input)
+
+
+def _parallelism(config: Any, kernels: bool, world_size: int) -> Any:
+    section, training = config.parallelism, config.training
+    float8 = config.quantize.linear.float8
+    pooled = kernels and training.dtype == "float32" and not training.enable_cpu_offload
+    single, reduce_scatter = section.fsdp_single_shard, section.fsdp_reduce_scatter
+    if single == "auto":
+        alone = (
+            pooled
+            and world_size == 1
+            and batch_arithmetic(config, 1).gradient_accumulation_steps == 1
+            and training.mixed_precision_param == "bfloat16"
+            and config.optimizer.implementation == "one_pass"
+            and section.fsdp_reshard_after_forward != "always"
+            and reduce_scatter == "auto"
+            and not float8.keep_float8_shards
+        )
+        single = "direct" if alone else "copy"
+    if reduce_scatter == "auto":
+        reduce_scatter = "compute_pool" if pooled and single == "copy" else "torch"
+    return replace(section, fsdp_single_shard=single, fsdp_reduce_scatter=reduce_scatter)
