@@ -228,11 +228,11 @@ def test_tiles_compile_for_hopper(rows: bool, lines: bool) -> None:
     found = compiled(
         "cast:cast_tiles_kernel",
         {
-            "x_ptr": x,
-            "row_scale_ptr": fp32,
-            "column_scale_ptr": fp32,
-            "rows_ptr": float8,
-            "columns_ptr": float8,
+            "x_ptr": "*bf16",
+            "row_scale_ptr": "*fp32",
+            "column_scale_ptr": "*fp32",
+            "rows_ptr": "*fp8e4nv",
+            "columns_ptr": "*fp8e4nv",
         },
         "m k",
         {"fmax": 448.0, "WRITE_ROWS": rows, "BY_LINE": lines, "TILE": kernels._TILE},
