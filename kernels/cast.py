@@ -10,12 +10,14 @@ scale for all of t, or with one per row for t8 and one per column for t8ᵀ:
     cast_both               2 + 1 + 1                                                29
     cast_transposed         2 + 1                                                    29
     transpose_float8        1 + 1                                                    2, uncoalesced
-    cast_rows               2 + 1; the second look at a row finds it in L2           33
+    cast_rows               2 + 1; rows of more than 32,768 elements 2 + 2 + 1       33
     cast_columns            2 + 2 + 1                                                35
-    cast_rows_and_columns   2 + 1, 2 + 1                                             68
+    cast_rows_and_columns   2 + 2 + 1 + 1                                            68
 
-fp32 tensors read 4 where bf16 ones read 2. The last column is eager PyTorch, whose steps are passes over
-fp32 temporaries; a compiler fuses them, but stores t8ᵀ from a row-wise walk, a byte here and a byte there.
+fp32 tensors read 4 where bf16 ones read 2, and get t8ᵀ from a t8 that was written: 1 + 1 more, and where t8
+has scales by row a t8 of its own (`kernels.triton.cast` says why). The last column is eager PyTorch, whose
+steps are passes over fp32 temporaries; a compiler fuses them, but stores t8ᵀ from a row-wise walk, a byte
+here and a byte there.
 
 All follow `kernels.scaling` to the last bit: explicit saturation, NaN stays NaN, scales divided in fp64.
 M and K may be zero and need not be divisible by anything. A dtype that the Triton kernels do not know (fp64
@@ -160,9 +162,9 @@ def _(x: Tensor, after: Tensor | None = None) -> Tensor:
 def cast_rows(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
     """See `cast_rows_reference`."""
     if _launches(x, dtype):
-        from kernels.triton import cast
+        from kernels.triton import cast_by_line
 
-        return cast.cast_rows(x, dtype, power_of_2)
+        return cast_by_line.cast_rows(x, dtype, power_of_2)
     return cast_rows_reference(x, dtype, power_of_2)
 
 
@@ -175,9 +177,9 @@ def _(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
 def cast_columns(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
     """See `cast_columns_reference`."""
     if _launches(x, dtype):
-        from kernels.triton import cast
+        from kernels.triton import cast_by_line
 
-        return cast.cast_columns(x, dtype, power_of_2)
+        return cast_by_line.cast_columns(x, dtype, power_of_2)
     return cast_columns_reference(x, dtype, power_of_2)
 
 
@@ -193,9 +195,9 @@ def cast_rows_and_columns(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `cast_rows` and then what `cast_columns` give: x8, its scales, x8ᵀ, its scales."""
     if _launches(x, dtype):
-        from kernels.triton import cast
+        from kernels.triton import cast_by_line
 
-        return cast.cast_rows_and_columns(x, dtype, power_of_2)
+        return cast_by_line.cast_rows_and_columns(x, dtype, power_of_2)
     return (*cast_rows_reference(x, dtype, power_of_2), *cast_columns_reference(x, dtype, power_of_2))
 
 

@@ -63,37 +63,69 @@ def test_amax(size: tuple[int, int], dtype: torch.dtype) -> None:
     assert cast.amax(x).isnan()
 
 
+Calls = dict[str, tuple[Tensor | tuple[Tensor, ...], Tensor | tuple[Tensor, ...]]]
+"""An operator's name -> what it gives and what it should give."""
+
+
+def one_scale_calls(x: Tensor, scale: Tensor, float8: torch.dtype) -> Calls:
+    x8, turned = cast.cast_both_reference(x, scale, float8)
+    odd = x.reshape(-1)[: x.numel() // 3 * 3].reshape(3, -1, 1)
+    return {
+        "cast_both": (cast.cast_both(x, scale, float8), (x8, turned)),
+        "cast_float8": (cast.cast_float8(x, scale, float8), x8),
+        "cast_float8 of 3 dimensions": (
+            cast.cast_float8(odd, scale, float8),
+            cast_to_float8(odd, scale, float8),
+        ),
+        "cast_transposed": (cast.cast_transposed(x, scale, float8), turned),
+        "transpose_float8": (cast.transpose_float8(x8), turned),
+    }
+
+
+def line_calls(x: Tensor, float8: torch.dtype, power_of_2: bool) -> Calls:
+    rows = cast.cast_rows_reference(x, float8, power_of_2)
+    columns = cast.cast_columns_reference(x, float8, power_of_2)
+    return {
+        "cast_rows": (cast.cast_rows(x, float8, power_of_2), rows),
+        "cast_columns": (cast.cast_columns(x, float8, power_of_2), columns),
+        "cast_rows_and_columns": (cast.cast_rows_and_columns(x, float8, power_of_2), rows + columns),
+    }
+
+
+def wrong(calls: Calls) -> list[str]:
+    """The operators whose results are not their references', so that a failure names them all."""
+    return [name for name, (got, want) in calls.items() if not all_same(got, want)]
+
+
 @pytest.mark.parametrize("float8", [E4M3, E5M2])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_one_scale(size: tuple[int, int], dtype: torch.dtype, float8: torch.dtype) -> None:
     x = sample(size, dtype)
-    for scale in (
-        scale_from_amax(compute_amax(x), float8),
-        torch.tensor(3e3, device="cuda"),
-    ):  # 3e3 saturates
-        want = cast.cast_both_reference(x, scale, float8)
-        assert all_same(cast.cast_both(x, scale, float8), want)
-        assert all_same(cast.cast_float8(x, scale, float8), want[0])
-        assert all_same(cast.cast_transposed(x, scale, float8), want[1])
-        assert all_same(cast.transpose_float8(want[0]), want[1])
-    odd = x.reshape(-1)[: x.numel() // 3 * 3].reshape(3, -1, 1)
-    assert all_same(cast.cast_float8(odd, scale, float8), cast_to_float8(odd, scale, float8))
+    saturating = torch.tensor(3e3, device="cuda")
+    assert wrong(one_scale_calls(x, scale_from_amax(compute_amax(x), float8), float8)) == []
+    assert wrong(one_scale_calls(x, saturating, float8)) == []
 
 
 @pytest.mark.parametrize("power_of_2", [False, True])
 @pytest.mark.parametrize("float8", [E4M3, E5M2])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, (520, 2064), (8192, 1024), (48, 40000)])
 def test_scales_by_row_and_by_column(
     size: tuple[int, int], dtype: torch.dtype, float8: torch.dtype, power_of_2: bool
 ) -> None:
+    assert wrong(line_calls(sample(size, dtype), float8, power_of_2)) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(272, 400), (131, 77), (3, 40000)])
+def test_values_that_are_not_finite(size: tuple[int, int], dtype: torch.dtype) -> None:
+    """They stay in their row and their column, also where a later tile or chunk has them."""
     x = sample(size, dtype)
-    by_row = cast.cast_rows_reference(x, float8, power_of_2)
-    by_column = cast.cast_columns_reference(x, float8, power_of_2)
-    assert all_same(cast.cast_rows(x, float8, power_of_2), by_row)
-    assert all_same(cast.cast_columns(x, float8, power_of_2), by_column)
-    assert all_same(cast.cast_rows_and_columns(x, float8, power_of_2), by_row + by_column)
+    x[0, 3], x[-1, -2], x[1, size[1] // 2] = -math.nan, -math.inf, math.inf
+    x[:, 5] = 0
+    assert wrong(one_scale_calls(x, torch.tensor(0.7, device="cuda"), E4M3)) == []
+    assert wrong(line_calls(x, E4M3, False)) == []
 
 
 @pytest.mark.parametrize("float8", [E4M3, E5M2])
@@ -123,6 +155,8 @@ def test_empty(size: tuple[int, int]) -> None:
     assert all_same(cast.cast_both(x, scale, E4M3), cast.cast_both_reference(x, scale, E4M3))
     want = cast.cast_rows_reference(x, E4M3, True) + cast.cast_columns_reference(x, E4M3, True)
     assert all_same(cast.cast_rows_and_columns(x, E4M3, True), want)
+    assert all_same(cast.cast_rows(x, E4M3, True), want[:2])
+    assert all_same(cast.cast_columns(x, E4M3, True), want[2:])
     assert cast.transpose_float8(x.to(E4M3)).shape == size[::-1]
 
 
@@ -150,9 +184,16 @@ def test_more_elements_than_an_int32_counts() -> None:
         want, want_scale = cast.cast_rows_reference(x[part], E4M3, True)
         assert same_bits(x8[part], want)
         assert same_bits(row_scale[part], want_scale)
-        want, want_scale = cast.cast_columns_reference(x[:, -64:], E4M3, True)
-        assert same_bits(turned[-64:], want)
-        assert same_bits(column_scale[:, -64:], want_scale)
+    for part in (slice(0, 64), slice(columns - 64, columns)):
+        want, want_scale = cast.cast_columns_reference(x[:, part], E4M3, True)
+        assert same_bits(turned[part], want)
+        assert same_bits(column_scale[:, part], want_scale)
+    del turned
+    assert all_same(cast.cast_rows(x, E4M3, True), (x8, row_scale))
+    del x8
+    turned, scale = cast.cast_columns(x, E4M3, True)
+    assert same_bits(turned[-64:], want)
+    assert same_bits(scale, column_scale)
 
 
 _DELAYED = CastConfig(scaling_type=ScalingType.DELAYED)

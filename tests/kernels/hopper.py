@@ -1,7 +1,11 @@
 """Compile a Triton kernel for Hopper on any machine, and read what it takes of the chip.
 
-Triton's own ptxas does it, without a GPU. As a script (`python -m tests.kernels.hopper`) it reads one request
-as JSON from stdin; tests call `compile_for_hopper`, which runs it in a process without the interpreter.
+Triton's own ptxas does it, without a GPU, and nvdisasm reads what it made: ptxas can lose a value and use an
+undefined register in its place (`kernels.triton.cast` tells how). It names that register R1, the stack
+pointer's, which nothing but addresses and its own changes should read.
+
+As a script (`python -m tests.kernels.hopper`) it reads one request as JSON from stdin; tests call
+`compile_for_hopper`, which runs it in a process without the interpreter.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ def compile_for_hopper(
     """Compile ``module:kernel`` for compute capability 9.0.
 
     Args:
-        kernel: Its place, for example ``kernels.triton.cast:cast_both_kernel``.
+        kernel: Its place, for example ``kernels.triton.cast:cast_tiles_kernel``.
         signature: Every argument in order -> Triton's type: ``*bf16``, ``*fp32``, ``*fp8e4nv``, ``*fp8e5``,
             ``i32``, ``fp32``, ``constexpr``.
         constants: Values of the constexpr arguments.
@@ -39,7 +43,7 @@ def compile_for_hopper(
 
     Returns:
         registers (a thread), stack (bytes a thread: spills show here), shared (bytes a program), and the
-        distinct global loads and stores of its PTX.
+        distinct global loads and stores of its PTX. Fails where the machine code reads an undefined register.
     """
     request = {
         "kernel": kernel,
@@ -57,7 +61,15 @@ def compile_for_hopper(
         env={**os.environ, "TRITON_INTERPRET": "0"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    undefined = found.pop("undefined")
+    assert not undefined, f"undefined registers are read: {undefined[:5]}"
+    return found
+
+
+def reads_undefined(instruction: str) -> bool:
+    """Whether a line of nvdisasm reads what nothing has written."""
+    return bool(re.search(r"\bR1\b", instruction)) and not re.search(r"\[R1\b|LDC R1,|R1, R1,", instruction)
 
 
 def _main() -> None:
@@ -88,6 +100,9 @@ def _main() -> None:
         usage = subprocess.run(
             [tools / "cuobjdump", "--dump-resource-usage", cubin.name], capture_output=True, text=True
         ).stdout
+        code = subprocess.run(
+            [tools / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     accesses = sorted(set(re.findall(r"(?:ld|st|atom|red)\.global[.:\w]*", compiled.asm["ptx"])))
@@ -98,6 +113,7 @@ def _main() -> None:
                 "stack": int(found[2]),
                 "shared": compiled.metadata.shared,
                 "accesses": accesses,
+                "undefined": [line.strip() for line in code.splitlines() if reads_undefined(line)],
             }
         )
     )

@@ -17,7 +17,8 @@ if torch.cuda.is_available():
     pytest.skip("without the interpreter kernels need CUDA tensors: see tests/gpu", allow_module_level=True)
 
 from kernels.triton import cast as kernels
-from tests.kernels.hopper import compile_for_hopper
+from kernels.triton import cast_by_line as by_line
+from tests.kernels.hopper import compile_for_hopper, reads_undefined
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SIZES = [(1, 1), (3, 130), (130, 3), (257, 80)]
@@ -70,9 +71,10 @@ def test_cast_float8(size: tuple[int, ...], dtype: torch.dtype) -> None:
     assert got.nan_to_num(0).abs().max() <= float8_max(dtype)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_one_scale_both_layouts(size: tuple[int, int]) -> None:
-    x, scale = sample(*size), torch.tensor(100.0)  # beyond 448 / 100 it saturates
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [*SIZES, (128, 144)])
+def test_one_scale_both_layouts(size: tuple[int, int], dtype: torch.dtype) -> None:
+    x, scale = sample(*size, dtype=dtype), torch.tensor(100.0)  # beyond 448 / 100 it saturates
     x[0, 0] = math.nan
     want = rounded_away(x, scale, E4M3)
     rows, columns = kernels.cast_both(x, scale, E4M3, stored_as=torch.float32)
@@ -82,12 +84,13 @@ def test_one_scale_both_layouts(size: tuple[int, int]) -> None:
     assert same(kernels.cast_transposed(x, scale, E4M3, stored_as=torch.float32), want.t())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("power_of_2", [False, True])
 @pytest.mark.parametrize("size", [*SIZES, (2, 9000)])
-def test_scales_by_row_and_by_column(size: tuple[int, int], power_of_2: bool) -> None:
-    x = sample(*size, dtype=torch.bfloat16)
+def test_scales_by_row_and_by_column(size: tuple[int, int], power_of_2: bool, dtype: torch.dtype) -> None:
+    x = sample(*size, dtype=dtype)
     by_row, by_column = (scale_from_amax(compute_amax(x, dim), E4M3, power_of_2) for dim in (-1, 0))
-    rows, row_scale, columns, column_scale = kernels.cast_rows_and_columns(
+    rows, row_scale, columns, column_scale = by_line.cast_rows_and_columns(
         x, E4M3, power_of_2, stored_as=torch.float32
     )
     assert torch.equal(row_scale, by_row)
@@ -95,10 +98,34 @@ def test_scales_by_row_and_by_column(size: tuple[int, int], power_of_2: bool) ->
     assert same(rows, rounded_away(x, by_row, E4M3))
     assert same(columns, rounded_away(x, by_column, E4M3).t())
     for alone, together in (
-        (kernels.cast_rows(x, E4M3, power_of_2, stored_as=torch.float32), (rows, row_scale)),
-        (kernels.cast_columns(x, E4M3, power_of_2, stored_as=torch.float32), (columns, column_scale)),
+        (by_line.cast_rows(x, E4M3, power_of_2, stored_as=torch.float32), (rows, row_scale)),
+        (by_line.cast_columns(x, E4M3, power_of_2, stored_as=torch.float32), (columns, column_scale)),
     ):
         assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_a_program_of_amaxes_goes_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through four tiles, of which the last program's are not all there."""
+    monkeypatch.setattr(by_line, "_AMAXES_PROGRAMS", 1)
+    x = sample(7 * 64 + 5, 20, dtype=torch.bfloat16)
+    x[-1, 7], x[200, 3] = -100, 50
+    columns, rows = by_line._scales(x, E4M3, False, by_row=True)
+    assert torch.equal(columns, scale_from_amax(compute_amax(x, 0), E4M3))
+    assert torch.equal(rows, scale_from_amax(compute_amax(x, -1), E4M3))
+    assert (columns[0, 7].item(), columns[0, 3].item()) == (
+        torch.tensor(4.48).item(),
+        torch.tensor(8.96).item(),
+    )
+
+
+def test_a_row_longer_than_registers_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_line, "_ROW_CHUNK", 64)
+    x = sample(3, 141, dtype=torch.bfloat16)
+    x[0, 0], x[1, 70], x[2, 140] = 50, -60, 70
+    assert by_line.rows_of_a_program(141)[1] == 32
+    rows, scale = by_line.cast_rows(x, E4M3, False, stored_as=torch.float32)
+    assert torch.equal(scale, scale_from_amax(compute_amax(x, -1), E4M3))
+    assert same(rows, rounded_away(x, scale, E4M3))
 
 
 @pytest.mark.parametrize("power_of_2", [False, True])
@@ -109,14 +136,14 @@ def test_scales_of_edge_values(dtype: torch.dtype, power_of_2: bool) -> None:
     amaxes = [0, 1, 3, 448, 57344, 1e-12, 1e-13, 2e-12, 2.0**-149, 2.0**-126, 3.4e38, math.inf, math.nan]
     x = torch.tensor([*amaxes, *near_one, *(torch.rand(200) * 1e-3).tolist()]).reshape(-1, 1)
     want = scale_from_amax(x, dtype, power_of_2)
-    assert same(kernels.cast_rows(x, dtype, power_of_2, stored_as=torch.float32)[1], want)
-    assert same(kernels.cast_columns(x.t(), dtype, power_of_2, stored_as=torch.float32)[1], want.t())
+    assert same(by_line.cast_rows(x, dtype, power_of_2, stored_as=torch.float32)[1], want)
+    assert same(by_line.cast_columns(x.t(), dtype, power_of_2, stored_as=torch.float32)[1], want.t())
 
 
 def test_bad_values_stay_in_their_row_and_column() -> None:
-    x = sample(5, 40)
+    x = sample(5, 40, dtype=torch.bfloat16)
     x[1, 2], x[3, 4] = math.nan, math.inf
-    rows, _, columns, _ = kernels.cast_rows_and_columns(x, E4M3, True, stored_as=torch.float32)
+    rows, _, columns, _ = by_line.cast_rows_and_columns(x, E4M3, True, stored_as=torch.float32)
     assert rows.isnan().nonzero()[:, 0].unique().tolist() == [1, 3]
     assert rows[3, 4].isnan()
     assert columns.isnan().nonzero()[:, 0].unique().tolist() == [2, 4]
@@ -139,11 +166,19 @@ def test_a_strided_tensor_is_read_as_it_looks() -> None:
     assert torch.equal(columns, x.t() * 2)
 
 
-@pytest.mark.parametrize("k", [1, 1024, 4096, 14336, 28672, 131072])
-def test_rows_of_a_program(k: int) -> None:
-    rows = kernels.rows_of_a_program(k)
-    assert rows == 1 or rows * k <= 65536
-    assert {1: 32, 1024: 32, 4096: 16, 14336: 4, 28672: 2, 131072: 1}[k] == rows
+@pytest.mark.parametrize(
+    ("k", "rows", "chunk", "warps"),
+    [
+        (1, 8192, 1, 8),
+        (1024, 8, 1024, 8),
+        (4096, 2, 4096, 8),
+        (14336, 1, 16384, 16),
+        (28672, 1, 32768, 16),
+        (128256, 1, 16384, 16),
+    ],
+)
+def test_rows_of_a_program(k: int, rows: int, chunk: int, warps: int) -> None:
+    assert by_line.rows_of_a_program(k) == (rows, chunk, warps)
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
@@ -173,64 +208,81 @@ def test_operators_without_a_gpu_are_the_reference(size: tuple[int, int], dtype:
     assert torch.equal(cast.transpose_float8(x8).float(), turned.float())
 
 
-POINTERS = {"x_ptr": "*bf16", "scale_ptr": "*fp32", "column_amax_ptr": "*i32", "rows_ptr": "*fp8e4nv"}
 VECTOR_LOAD, VECTOR_STORE = "ld.global.v4.b32", "st.global.v4.b32"
 
 
-@pytest.mark.parametrize("by_column", [False, True])
-def test_tiles_compile_for_hopper(by_column: bool) -> None:
-    """Neither form spills, and both stores, the transposed one too, are 16 bytes a thread."""
-    signature = {
-        **POINTERS,
-        "columns_ptr": "*fp8e4nv",
-        "m": "i32",
-        "k": "i32",
-        **dict.fromkeys(("fmax", "power_of_2", "WRITE_ROWS", "BY_COLUMN", "TILE"), "constexpr"),
-    }
-    constants = {
-        "fmax": 448.0,
-        "power_of_2": by_column,
-        "WRITE_ROWS": not by_column,
-        "BY_COLUMN": by_column,
-        "TILE": kernels._TILE,
-    }
-    found = compile_for_hopper(
-        "kernels.triton.cast:cast_tiles_kernel",
-        signature,
-        constants,
-        num_warps=kernels._TILE_WARPS,
-        aligned=(*POINTERS, "columns_ptr", "m", "k"),
+def compiled(
+    kernel: str, pointers: dict[str, str], sizes: str, constants: dict[str, object], warps: int
+) -> dict[str, object]:
+    """`kernel` for Hopper, with all that can be a multiple of 16."""
+    names = sizes.split()
+    signature = {**pointers, **dict.fromkeys(names, "i32"), **dict.fromkeys(constants, "constexpr")}
+    return compile_for_hopper(
+        f"kernels.triton.{kernel}", signature, constants, num_warps=warps, aligned=(*pointers, *names)
+    )
+
+
+@pytest.mark.parametrize(("rows", "lines"), [(True, False), (True, True), (False, True)])
+def test_tiles_compile_for_hopper(rows: bool, lines: bool) -> None:
+    """No form spills, and all stores, the turned one too, are 16 bytes a thread."""
+    found = compiled(
+        "cast:cast_tiles_kernel",
+        {
+            "x_ptr": "*bf16",
+            "row_scale_ptr": "*fp32",
+            "column_scale_ptr": "*fp32",
+            "rows_ptr": "*fp8e4nv",
+            "columns_ptr": "*fp8e4nv",
+        },
+        "m k",
+        {"fmax": 448.0, "WRITE_ROWS": rows, "BY_LINE": lines, "TILE": kernels._TILE},
+        kernels.TILE_WARPS,
     )
     assert found["stack"] == 0
     assert found["registers"] <= 80  # three programs a multiprocessor
     assert VECTOR_LOAD in found["accesses"]
-    stores = [access for access in found["accesses"] if access.startswith("st.")]
-    # A tile's scales are a float a thread; its elements are not.
-    assert stores == ([VECTOR_STORE] if not by_column else ["st.global.b32", VECTOR_STORE])
+    assert [access for access in found["accesses"] if access.startswith("st.")] == [VECTOR_STORE]
 
 
-def test_rows_compile_for_hopper() -> None:
-    rows = kernels.rows_of_a_program(4096)
-    chunk = kernels._ROW_CHUNK // rows
-    found = compile_for_hopper(
-        "kernels.triton.cast:cast_rows_kernel",
-        {
-            **{name: POINTERS[name] for name in ("x_ptr", "rows_ptr", "scale_ptr", "column_amax_ptr")},
-            "m": "i32",
-            "k": "i32",
-            **dict.fromkeys(("fmax", "power_of_2", "COLUMNS", "ROWS", "CHUNK", "CHUNKS"), "constexpr"),
-        },
-        {
-            "fmax": 448.0,
-            "power_of_2": True,
-            "COLUMNS": True,
-            "ROWS": rows,
-            "CHUNK": chunk,
-            "CHUNKS": 4096 // chunk,
-        },
-        num_warps=kernels._ROW_WARPS,
-        aligned=(*POINTERS, "m", "k"),
+@pytest.mark.parametrize(
+    ("instruction", "undefined"),
+    [
+        ("LDC R1, c[0x0][0x28] ;", False),
+        ("IADD3 R1, R1, -0x50, RZ ;", False),
+        ("STL.64 [R1+0x8], R18 ;", False),
+        ("F2FP.SATFINITE.E4M3.F32.PACK_AB_MERGE_C R10, R11, R12, R13 ;", False),
+        ("LOP3.LUT R93, R1.reuse, 0xffff, RZ, 0xc0, !PT ;", True),
+        ("F2FP.SATFINITE.E4M3.F32.PACK_AB_MERGE_C R63, R63, R90, R1 ;", True),
+    ],
+)
+def test_an_undefined_register_is_seen(instruction: str, undefined: bool) -> None:
+    assert reads_undefined(f"        /*0a10*/                   {instruction}") is undefined
+
+
+def test_amaxes_compile_for_hopper() -> None:
+    found = compiled(
+        "cast_by_line:amaxes_kernel",
+        {"x_ptr": "*bf16", "amax_ptr": "*i32"},
+        "m k depth",
+        {"BY_ROW": True, "HEIGHT": by_line._AMAXES_HEIGHT, "WIDTH": by_line._AMAXES_WIDTH},
+        8,
     )
     assert found["stack"] == 0
-    assert found["registers"] <= 64  # two programs of 16 warps a multiprocessor
+    assert found["registers"] <= 128  # two programs a multiprocessor
+    assert VECTOR_LOAD in found["accesses"]
+    assert not any(access.startswith("ld.") for access in found["accesses"] if access != VECTOR_LOAD)
+
+
+@pytest.mark.parametrize("k", [4096, 14336])
+def test_rows_compile_for_hopper(k: int) -> None:
+    rows, chunk, warps = by_line.rows_of_a_program(k)
+    found = compiled(
+        "cast_by_line:cast_rows_kernel",
+        {"x_ptr": "*bf16", "rows_ptr": "*fp8e4nv", "scale_ptr": "*fp32"},
+        "m k",
+        {"fmax": 448.0, "power_of_2": True, "ROWS": rows, "CHUNK": chunk, "CHUNKS": 1},
+        warps,
+    )
+    assert found["stack"] == 0
+    assert found["registers"] <= 64  # 32 warps a multiprocessor
     assert {VECTOR_LOAD, VECTOR_STORE} <= set(found["accesses"])
