@@ -110,12 +110,16 @@ class Float8Converter(Converter):
                 f"torch {torch.__version__} compiles row-scaled float8 on a CPU to wrong values\n"
                 "use torch 2.13 or later, or leave compile.enable off there"
             )
-        if section.cast_kernels == "triton" and not runs_triton(torch.device(context.device_type)):
+        if self.config.cast_kernels == "triton" and not runs_triton(torch.device(context.device_type)):
             logger.warning(
                 "quantize.linear.float8.cast_kernels = 'triton' runs as plain PyTorch here: Triton needs a "
                 "CUDA device and its package; the numbers are the same"
             )
-        if context.device_type == "cuda" and not context.compile_model and section.cast_kernels == "torch":
+        if (
+            context.device_type == "cuda"
+            and not context.compile_model
+            and self.config.cast_kernels == "torch"
+        ):
             logger.warning(
                 "float8 without compile.enable runs each cast as several kernels and is slower than bf16; "
                 "set compile.enable = true"

@@ -289,7 +289,7 @@ TENSORWISE_BACKWARD = {"amax": 7, "cast_both": 7, "_scaled_mm": 14}
         ),
         # The compiler is free to cast the saved form in forward, and here does.
         (
-            {"force_recompute_fp8_weight_in_bwd": True},
+            {"force_recompute_fp8_weight_in_bwd": True, "saved_input": "high_precision"},
             {"amax": 11, "cast_float8": 11, "cast_transposed": 4},
             {**TENSORWISE_BACKWARD, "cast_transposed": 7},
             INPUTS,
@@ -385,7 +385,7 @@ def test_compiled_equals_eager(name: str, saved: str) -> None:
     [
         ({"cast_kernels": "cuda"}, "cast_kernels is 'cuda'"),
         ({"saved_input": "fp8", "cast_kernels": "triton"}, "saved_input is 'fp8'"),
-        ({"saved_input": "float8"}, "needs cast_kernels='triton'"),
+        ({"saved_input": "float8", "cast_kernels": "torch"}, "needs cast_kernels='triton'"),
         ({**CONFIGS["rowwise_with_gw_hp"], "saved_input": "float8", "cast_kernels": "triton"}, "no effect"),
         ({"keep_float8_shards": True}, "no effect without enable_fsdp_float8_all_gather"),
     ],

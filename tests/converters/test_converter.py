@@ -82,7 +82,7 @@ def test_sections_have_the_documented_defaults() -> None:
         ({"scaling_type_weight": "static"}, "scaling_type_weight", "static_scale_weight"),
         ({"static_scale_input": 2.0}, "static_scale_input", "no effect"),
         ({"filter_fqns": ["output", " "]}, "filter_fqns", "empty"),
-        ({"saved_input": "float8"}, "saved_input", "needs cast_kernels"),
+        ({"saved_input": "float8", "cast_kernels": "torch"}, "saved_input", "needs cast_kernels"),
         (
             {"saved_input": "float8", "cast_kernels": "triton", "recipe_name": "rowwise_with_gw_hp"},
             "saved_input",
@@ -112,7 +112,9 @@ def test_kernel_settings_reach_the_layers(caplog: pytest.LogCaptureFixture) -> N
     converter = CONVERTERS["float8"].build(section, CPU)
     assert torch.ops.octavo.cast_both.default in converter.ops_to_save()
     assert "'triton' runs as plain PyTorch here" in caplog.text
-    plain = CONVERTERS["float8"].build(Float8SectionConfig(cast_kernels="triton"), CPU)
+    plain = CONVERTERS["float8"].build(
+        Float8SectionConfig(cast_kernels="triton", saved_input="high_precision"), CPU
+    )
     assert torch.ops.octavo.cast_both.default not in plain.ops_to_save()
 
 

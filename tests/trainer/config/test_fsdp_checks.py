@@ -10,6 +10,7 @@ WIRE, POOL = (
     "--parallelism.fsdp_reduce_scatter=compute_pool",
 )
 DIRECT = "--parallelism.fsdp_single_shard=direct"
+TORCH = "--parallelism.fsdp_reduce_scatter=torch"
 FP32 = "--training.mixed_precision_param=float32"
 BF16 = "--training.dtype=bfloat16"
 OFFLOAD = "--training.enable_cpu_offload"
@@ -59,7 +60,7 @@ def test_a_pool_without_effect_is_warned_about(flags, expected):
 @pytest.mark.parametrize(
     ("flags", "shards", "reshards"),
     [
-        ([], 1, True),
+        ([TORCH], 1, True),
         ([], 8, True),
         ([POOL], 1, False),
         ([POOL], 8, True),
