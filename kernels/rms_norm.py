@@ -9,6 +9,9 @@ both.
 
 Kept for backward: h and rstd (4 bytes a row). A block then reads and writes the stream once where it adds and
 norms, and in backward the gradients of both branches meet in one kernel.
+
+Both can give the largest magnitude of y, or of dh, after rounding, which a float8 cast with one dynamic scale
+would otherwise read all of it again to find. NaN counts as the largest.
 """
 
 from __future__ import annotations
@@ -66,9 +69,7 @@ def _forward(
     if not runs_triton(x.device):
         h = x if residual is None else x + residual
         y, rstd = rms_norm_reference(h, weight, eps)
-        if with_amax:
-            amax.copy_(y.abs().amax())
-        return x.new_empty(0) if residual is None else h, y, rstd, amax
+        return x.new_empty(0) if residual is None else h, y, rstd, _fill(amax, y)
     from kernels.triton.rms_norm import launch_forward
 
     D = x.shape[-1]
@@ -98,26 +99,34 @@ def _(
 
 @torch.library.custom_op("octavo::rms_norm_backward", mutates_args=())
 def rms_norm_backward(
-    grad: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, stream_grad: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(dh, dw); `stream_grad` is what arrives at h from elsewhere."""
+    grad: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, stream_grad: Tensor | None, with_amax: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dh, dw, dh's amax, empty unless wanted); `stream_grad` is what arrives at h from elsewhere."""
+    amax = h.new_zeros(int(with_amax), dtype=torch.float32)
     if not runs_triton(h.device):
-        return rms_norm_backward_reference(grad, h, weight, rstd, stream_grad)
+        dh, dw = rms_norm_backward_reference(grad, h, weight, rstd, stream_grad)
+        return dh, dw, _fill(amax, dh)
     from kernels.triton.rms_norm import launch_backward
 
     D = h.shape[-1]
     dy, rows = grad.reshape(-1, D).contiguous(), h.reshape(-1, D).contiguous()
     stream = None if stream_grad is None else stream_grad.reshape(-1, D).contiguous()
-    dh, dw = launch_backward(dy, rows, weight.contiguous(), rstd.reshape(-1).contiguous(), stream)
-    return dh.view(h.shape), dw
+    inputs = (dy, rows, weight.contiguous(), rstd.reshape(-1).contiguous(), stream)
+    dh, dw = launch_backward(*inputs, amax if with_amax else None)
+    return dh.view(h.shape), dw, amax
 
 
 @rms_norm_backward.register_fake
 def _(
-    grad: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, stream_grad: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    dh = torch.empty_like(h, memory_format=torch.contiguous_format)
-    return dh, torch.empty_like(weight, memory_format=torch.contiguous_format)
+    grad: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, stream_grad: Tensor | None, with_amax: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dh, dw = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (h, weight))
+    return dh, dw, h.new_empty(int(with_amax), dtype=torch.float32)
+
+
+def _fill(amax: Tensor, t: Tensor) -> Tensor:
+    """Write that of t, where there is a place for it and a t."""
+    return amax.copy_(t.abs().amax()) if amax.numel() and t.numel() else amax
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -130,7 +139,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(
     ctx: Any, h_grad: Tensor | None, grad: Tensor, rstd_grad: Tensor | None, amax_grad: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    dh, dw = rms_norm_backward(grad, *ctx.saved_tensors, h_grad if ctx.added else None)
+    dh, dw, _ = rms_norm_backward(grad, *ctx.saved_tensors, h_grad if ctx.added else None, False)
     return dh, dh if ctx.added else None, dw, None, None
 
 

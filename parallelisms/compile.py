@@ -6,6 +6,8 @@ does not grow with depth. Each block is one full graph; a break in it is an erro
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from parallelisms.blocks import blocks_of
@@ -16,8 +18,17 @@ def apply_compile(model: nn.Module, blocks: str, config: CompileConfig) -> str:
     """Compile every block in place (FQNs do not change); returns what was done, for the start-up log."""
     if not (config.enable and "model" in config.components):
         return "compile: off" if not config.enable else "compile: model left eager"
-    count = 0
+    count, options = 0, _options(config.backend)
     for _, block in blocks_of(model, blocks):
-        block.compile(backend=config.backend, fullgraph=True)
+        block.compile(backend=config.backend, fullgraph=True, options=options)
         count += 1
     return f"compile: {count} blocks, each one full graph, with {config.backend}"
+
+
+def _options(backend: str) -> dict[str, Any] | None:
+    """What the compiler is told; other backends than inductor know none of it."""
+    if backend != "inductor":
+        return None
+    from parallelisms.amax_pass import AMAX_FROM_PRODUCER
+
+    return {"post_grad_custom_pre_pass": AMAX_FROM_PRODUCER}

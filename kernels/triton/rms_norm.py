@@ -6,8 +6,8 @@ parts, (programs, D) fp32, are added afterwards: fixed order, no atomics.
 
 Bytes an element in bf16 (the weight and its gradient's parts aside): forward 2 read, 2 written; with the
 addition 4 and 4, where two operations take 6 and 4. Backward 4 read, 2 written; with the gradient of the
-residual stream 6 and 2, where two operations take 8 and 4. Measured on an H100, (8192, 4096): backward in
-0.105 ms, 1.9 TB/s.
+residual stream 6 and 2, where two operations take 8 and 4. An amax of y or of dh saves the 2 that are read
+to find it. Measured on an H100, (8192, 4096), without one: backward in 0.105 ms, 1.9 TB/s.
 """
 
 from __future__ import annotations
@@ -69,13 +69,15 @@ def backward_kernel(
     stream_grad,
     grad_x,
     grad_weight_parts,
+    amax,
     M,
     D,
     WITH_STREAM: tl.constexpr,
+    WITH_AMAX: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad_x (+ stream_grad) of ROWS rows, and their part of the weight's gradient."""
+    """grad_x (+ stream_grad) of ROWS rows, and their part of the weight's gradient; amax is grad_x's."""
     column = tl.arange(0, BLOCK)
     in_row = column < D
     part = tl.zeros((BLOCK,), tl.float32)
@@ -94,7 +96,10 @@ def backward_kernel(
         dx = (weighted - normed * along) * inverse
         if WITH_STREAM:
             dx += tl.load(stream_grad + place, mask=inside, other=0.0).to(tl.float32)
-        tl.store(grad_x + place, dx.to(grad_x.dtype.element_ty), mask=inside)
+        rounded = dx.to(grad_x.dtype.element_ty)
+        tl.store(grad_x + place, rounded, mask=inside)
+        if WITH_AMAX:  # an infinite `along` makes NaN of the zeros that stand outside
+            raise_amax(amax, tl.where(inside, rounded, 0.0))
     tl.store(grad_weight_parts + tl.program_id(0).to(tl.int64) * D + column, part, mask=in_row)
 
 
@@ -132,9 +137,17 @@ def launch_forward(
 
 
 def launch_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, stream_grad: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    stream_grad: Tensor | None,
+    amax: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of x, of the weight) for contiguous (M, D) rows; the former plus `stream_grad`, if given."""
+    """(gradient of x, of the weight) for contiguous (M, D) rows; the former plus `stream_grad`, if given.
+
+    `amax` is (1,) fp32 zeros, or None.
+    """
     M, D = x.shape
     grad_x = torch.empty_like(x)
     rows = triton.cdiv(M, PROGRAMS)
@@ -150,9 +163,11 @@ def launch_backward(
             grad if stream_grad is None else stream_grad,
             grad_x,
             parts,
+            parts if amax is None else amax.view(torch.int32),
             M,
             D,
             WITH_STREAM=stream_grad is not None,
+            WITH_AMAX=amax is not None,
             ROWS=rows,
             BLOCK=block,
             num_warps=warps,

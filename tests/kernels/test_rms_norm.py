@@ -1,5 +1,7 @@
 """RMSNorm kernels: reference against `nn.RMSNorm`, Triton (interpreted) against the reference, ptxas."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -78,7 +80,10 @@ def test_the_kernels_are_the_reference(M, D, dtype, monkeypatch):
     assert none is None
     assert torch.equal(alone, y)
     for added in (None, stream):
-        dx, dw = launch_backward(grad, h, weight, rstd, added)
+        amax = torch.zeros(1)
+        dx, dw = launch_backward(grad, h, weight, rstd, added, amax)
+        assert float(amax) == float(dx.abs().max())
+        assert all(map(torch.equal, launch_backward(grad, h, weight, rstd, added, None), (dx, dw)))
         want_dx, want_dw = rms_norm_backward_reference(grad, h, weight, rstd, added)
         torch.testing.assert_close(dx, want_dx, **tolerance)
         torch.testing.assert_close(dw, want_dw, rtol=tolerance["rtol"], atol=1e-4)
@@ -90,12 +95,25 @@ def test_no_rows_and_an_amax():
     (x, _, _, _), weight = inputs(0, 8)
     h, y, rstd = launch_forward(x, x, weight, EPS, None)
     assert h.shape == y.shape == (0, 8)
-    dx, dw = launch_backward(x, x, weight, rstd, None)
+    dx, dw = launch_backward(x, x, weight, rstd, None, torch.zeros(1))
     assert dx.shape == (0, 8)
     assert dw.tolist() == [0.0] * 8
     (x, _, _, _), weight = inputs(4, 8)
     y, amax = rms_norm_with_amax(x, weight, EPS)
     assert float(amax) == float(y.abs().max())
+    dx, _, amax = rms_norm_backward(y, x, weight, torch.rand(4), None, True)
+    assert float(amax) == float(dx.abs().max())
+    assert rms_norm_backward(x[:0], x[:0], weight, torch.rand(0), None, True)[2].tolist() == [0.0]
+
+
+def test_amax_of_what_lies_inside_alone():
+    from kernels.triton.rms_norm import launch_backward
+
+    grad, x = torch.full((2, 1, 5), 3e38)  # their product is infinite, and so is a row's sum
+    amax = torch.zeros(1)
+    dx, _ = launch_backward(grad, x, torch.ones(5), torch.ones(1), None, amax)
+    assert dx.tolist() == [[-math.inf] * 5]
+    assert float(amax) == math.inf  # not the NaN of zero times it beyond the row's end
 
 
 def test_operators_compose_with_the_compiler():
@@ -104,7 +122,7 @@ def test_operators_compose_with_the_compiler():
     torch.library.opcheck(_forward, (*leaves, EPS, True))
     torch.library.opcheck(_forward, (x, None, weight, EPS, False))
     rstd = torch.rand(4)
-    torch.library.opcheck(rms_norm_backward, (grad, x.detach(), weight.detach(), rstd, stream))
+    torch.library.opcheck(rms_norm_backward, (grad, x.detach(), weight.detach(), rstd, stream, True))
 
 
 @pytest.mark.parametrize("D", [4096, pytest.param(16384, marks=pytest.mark.slow)])
@@ -119,11 +137,12 @@ def test_hopper_moves_sixteen_bytes_without_spilling(D):
         "stream_grad": "*bf16",
         "grad_x": "*bf16",
         "grad_weight_parts": "*fp32",
+        "amax": "*i32",
         "M": "i32",
         "D": "i32",
-        **dict.fromkeys(("WITH_STREAM", "ROWS", "BLOCK"), "constexpr"),
+        **dict.fromkeys(("WITH_STREAM", "WITH_AMAX", "ROWS", "BLOCK"), "constexpr"),
     }
-    constants = {"WITH_STREAM": True, "ROWS": 22, "BLOCK": block}
+    constants = {"WITH_STREAM": True, "WITH_AMAX": True, "ROWS": 22, "BLOCK": block}
     found = compile_for_hopper(
         "kernels.triton.rms_norm:backward_kernel",
         signature,
