@@ -2,6 +2,8 @@
 
 All blocks of a model are alike, so the compiler works once and the result serves every layer: compile time
 does not grow with depth. Each block is one full graph; a break in it is an error, not a slow surprise.
+
+Inductor gets one pass over its graphs from here, `parallelisms.amax_pass`.
 """
 
 from __future__ import annotations

@@ -83,7 +83,8 @@ class Small(nn.Module):
         self.w1 = nn.Linear(32, 32, bias=False)
 
     def forward(self, x):
-        return x + silu_mul(self.w1(rms_norm(x, self.norm, 1e-5)), x)
+        normed = rms_norm(x, self.norm, 1e-5)
+        return x + silu_mul(self.w1(normed), normed)
 
 
 def two_of(block):
@@ -102,10 +103,8 @@ def train(model):
     return [h.detach(), x.grad, *(p.grad for p in model.parameters())]
 
 
-@pytest.mark.parametrize(
-    ("recompute", "forward", "backward"), [("none", (7, 5), (4, 1)), ("full", (7, 5), (11, 6))]
-)
-def test_a_block_trains_with_the_same_bits(recompute, forward, backward):
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_block_trains_with_the_same_bits(recompute):
     """Forward takes amaxes of four weights and of x; the inputs of w1 and w3, and of w2, come with theirs.
 
     Backward takes that of w2's output's gradient; w1's, w3's and wo's come. Recomputed, it has forward's too.
@@ -119,7 +118,10 @@ def test_a_block_trains_with_the_same_bits(recompute, forward, backward):
         block.compile(backend=own, fullgraph=True)
     for eager, compiled in zip(want, train(model), strict=True):
         assert torch.equal(eager, compiled)
-    assert counts == [forward, backward]
+    assert counts[0] == (7, 5)
+    # Before torch 2.13 the compiler keeps what an autograd function made, checkpointed or not.
+    recomputes = recompute == "full" and torch.__version__ >= "2.13"
+    assert counts[1:] == [(11, 6) if recomputes else (4, 1)]
 
 
 def test_inductor_runs_it_once_for_all_blocks_and_caches_the_result(monkeypatch):

@@ -1,0 +1,80 @@
+"""Compiled blocks on a CUDA GPU whose kernels give amaxes: fewer passes, the same bits."""
+
+import pytest
+import torch
+from torch import nn
+
+from converters.float8 import Float8LinearConfig, convert_to_float8_training
+from models import MODELS
+from models.llama3.config import Llama3Config
+from parallelisms import compile as block_compile
+from parallelisms.amax_pass import AmaxFromProducer
+from parallelisms.config import CompileConfig
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+aten = torch.ops.aten
+
+
+def blocks():
+    config = Llama3Config(
+        dim=1024,
+        n_layers=2,
+        n_heads=8,
+        n_kv_heads=4,
+        vocab_size=64,
+        max_seq_len=256,
+        rope_scaling=False,
+        attn_backend="math",  # the others add up gradients in any order
+        swiglu_kernel="fused",
+        norm_kernel="fused",
+    )
+    with torch.device("cuda"):
+        model = MODELS["llama3"].build(config)
+    torch.manual_seed(0)
+    model.init_weights()
+    own = nn.ModuleDict({"layers": model.layers}).to(torch.bfloat16)
+    return convert_to_float8_training(own, config=Float8LinearConfig(cast_kernels="triton"))
+
+
+def train(model, bad):
+    model.zero_grad()
+    torch.manual_seed(1)
+    x = torch.randn(2, 256, 1024, device="cuda").bfloat16()
+    x[1, 17, 5] = bad
+    h = x.requires_grad_()
+    for block in model["layers"].values():
+        h = block(h)
+    h.float().square().mean().backward()
+    return [h.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]
+
+
+def test_kernels_give_amaxes_with_the_same_bits(monkeypatch):
+    counts, call = [], AmaxFromProducer.__call__
+
+    def amaxes(graph):
+        return sum(node.target is aten.amax.default for node in graph.nodes)
+
+    def counting(self, graph):
+        before = amaxes(graph)
+        call(self, graph)
+        counts.append((before, amaxes(graph)))
+
+    monkeypatch.setattr(AmaxFromProducer, "__call__", counting)
+    results = []
+    with torch._inductor.config.patch(force_disable_caches=True):
+        for options in (block_compile._options, lambda backend: None):
+            monkeypatch.setattr(block_compile, "_options", options)
+            torch._dynamo.reset()
+            model = blocks()
+            block_compile.apply_compile(model, "layers", CompileConfig(enable=True))
+            results.append([train(model, bad) for bad in (0.0, float("nan"))])
+    assert counts == [(11, 8), (7, 4)]
+    for with_pass, without in zip(*results, strict=True):
+        for mine, theirs in zip(with_pass, without, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+    assert all(t.isfinite().all() for t in results[0][0])
+    assert results[0][1][0].isnan().any()
