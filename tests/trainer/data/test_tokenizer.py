@@ -250,7 +250,9 @@ def test_tekken_files(tmp_path):
     loaded = build_tokenizer(tmp_path)
     assert (loaded.vocab_size, loaded.bos_id, loaded.eos_id) == (268, 1, 2)
     assert loaded.encode("hello") == [266, 267, 10 + ord("o")]
-    assert [ids.tolist() for ids in loaded.encode_arrays(TEXTS)] == loaded.encode_batch(TEXTS)
+    texts = [*TEXTS, "he<|no special token|>"]
+    assert [ids.tolist() for ids in loaded.encode_arrays(texts)] == loaded.encode_batch(texts)
+    assert loaded.decode(loaded.encode(texts[-1])) == texts[-1]
     assert loaded.decode([1, 266, 5, 2]) == "<s>he<SPECIAL_5></s>"
     for change in ({"default_vocab_size": 400}, {"default_num_special_tokens": 0}, {"pattern": "("}):
         (tmp_path / "tekken.json").write_text(json.dumps(small_tekken(**change)))
