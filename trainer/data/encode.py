@@ -7,7 +7,6 @@ numbers.
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,14 +16,13 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.data.documents import BadData, Document, DocumentOrder, DocumentSource
-from trainer.data.tokenizer import Tokenizer
+from trainer.data.tokenizer import Tokenizer, text_pieces
 
 # Documents are tokenized in batches: large enough to be worth a thread's turn, small enough that the first
 # batch of a run comes at once.
 BATCH_DOCUMENTS = 64
 BATCH_CHARACTERS = 262_144
 PIECE_CHARACTERS = 1 << 20
-_CUT = re.compile(r"\n(?=[A-Za-z])")
 
 
 @dataclass(frozen=True)
@@ -169,18 +167,9 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]
             continue
         found += tokenizer.encode_arrays(short)
         short = []
-        found.append(np.concatenate([tokenizer.encode_arrays([piece])[0] for piece in text_pieces(text)]))
+        pieces = text_pieces(text, PIECE_CHARACTERS)
+        found.append(np.concatenate([tokenizer.encode_arrays([piece])[0] for piece in pieces]))
     return found + tokenizer.encode_arrays(short)
-
-
-def text_pieces(text: str) -> Iterator[str]:
-    """Cut a text where a line begins with an ASCII letter, not before each piece is long enough."""
-    start = 0
-    while cut := _CUT.search(text, start + PIECE_CHARACTERS):
-        yield text[start : cut.end()]
-        start = cut.end()
-    if start < len(text) or start == 0:
-        yield text[start:]
 
 
 def _check_same(expected: str, got: str, position: StreamPosition) -> None:

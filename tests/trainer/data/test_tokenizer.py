@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -249,7 +250,9 @@ def test_tekken_files(tmp_path):
     loaded = build_tokenizer(tmp_path)
     assert (loaded.vocab_size, loaded.bos_id, loaded.eos_id) == (268, 1, 2)
     assert loaded.encode("hello") == [266, 267, 10 + ord("o")]
-    assert [ids.tolist() for ids in loaded.encode_arrays(TEXTS)] == loaded.encode_batch(TEXTS)
+    texts = [*TEXTS, "he<|no special token|>"]
+    assert [ids.tolist() for ids in loaded.encode_arrays(texts)] == loaded.encode_batch(texts)
+    assert loaded.decode(loaded.encode(texts[-1])) == texts[-1]
     assert loaded.decode([1, 266, 5, 2]) == "<s>he<SPECIAL_5></s>"
     for change in ({"default_vocab_size": 400}, {"default_num_special_tokens": 0}, {"pattern": "("}):
         (tmp_path / "tekken.json").write_text(json.dumps(small_tekken(**change)))
@@ -262,6 +265,32 @@ def test_pieces_have_the_ids_of_the_whole(tokenizer, text):
     assert tokenizer.splits_at_lines
     cut = re.split(r"(?<=\n)(?=[A-Za-z])", text)
     assert [i for piece in cut for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+@given(st.lists(st.text(alphabet=st.sampled_from("aB9 \t\n\r!'é漢/\u0301<|>"), max_size=40), max_size=5))
+def test_arrays_have_the_ids_of_whole_texts(tokenizer, texts):
+    texts = [*texts, "\n".join(texts), ""]
+    whole = tokenizer.encode_batch(texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.data.tokenizer._PIECE_CHARACTERS", 2)
+        arrays = tokenizer.encode_arrays(texts)
+    assert [ids.tolist() for ids in arrays] == whole
+    assert {ids.dtype for ids in arrays} == {np.dtype(np.uint32)}
+
+
+def test_only_a_tokenizer_that_splits_at_lines_gets_pieces(tmp_path, monkeypatch):
+    settings = json.loads(Path(f"{ASSET}/tokenizer.json").read_text())
+    # Takes an end of line and the word after it as one, so that a cut between them shows.
+    settings["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"\n?[a-z]+|\s+"}
+    settings["model"]["vocab"]["Ċa"] = len(settings["model"]["vocab"]) + 2
+    settings["model"]["merges"].insert(0, ["Ċ", "a"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    loaded = build_tokenizer(tmp_path)
+    monkeypatch.setattr("trainer.data.tokenizer._PIECE_CHARACTERS", 1)
+    text = "bc\na\na\nbc"
+    joined = settings["model"]["vocab"]["Ċa"]
+    assert loaded.encode_arrays([text])[0].tolist().count(joined) == 2
+    assert loaded.encode_arrays([text])[0].tolist() == loaded.encode(text)
 
 
 def test_a_sentencepiece_model_is_trained(tmp_path, capsys):
