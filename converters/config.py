@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 CastKernels = Literal["auto", "torch", "triton"]
-SavedInput = Literal["auto", "high_precision", "float8"]
+SavedInput = Literal["auto", "high_precision", "float8", "least"]
 ScalingTypeName = Literal["dynamic", "delayed", "static"]
 _TENSORS = ("input", "weight", "grad_output")
 
@@ -58,8 +58,8 @@ class Float8SectionConfig:
     """Casts as PyTorch ops that a compiler fuses, or Triton kernels that write both layouts in one read;
     `auto` takes these on a GPU."""
     saved_input: SavedInput = "auto"
-    """What backward keeps of a linear's input: the input, or its float8 cast at 1 byte an element; `auto`
-    takes this with Triton's casts."""
+    """What backward keeps of a linear's input: the input, its float8 cast at 1 byte an element, or `least`: no
+    cast where compiled backward has or can make the input (wo, w2). `auto`: `float8` with Triton's casts."""
     keep_float8_shards: bool = False
     """Keep float8 shards for all gathers of a step, 1 byte an element; needs the float8 all-gather."""
 
@@ -97,17 +97,18 @@ class Float8SectionConfig:
             yield "calibration", "is of float8 GEMMs, which emulate does without; leave one of them out"
 
     def _kernel_problems(self) -> Iterator[tuple[str, str]]:
-        if self.saved_input == "float8" and self.cast_kernels == "torch":
+        in_float8 = self.saved_input in ("float8", "least")
+        if in_float8 and self.cast_kernels == "torch":
             yield (
                 "saved_input",
-                "'float8' needs cast_kernels = 'triton': what is kept of PyTorch's casts is the compiler's "
-                "choice",
+                f"{self.saved_input!r} needs cast_kernels = 'triton': what is kept of PyTorch's casts is the "
+                "compiler's choice",
             )
-        if self.saved_input == "float8" and self.recipe_name == "rowwise_with_gw_hp":
+        if in_float8 and self.recipe_name == "rowwise_with_gw_hp":
             yield (
                 "saved_input",
-                "'float8' has no effect with recipe_name = 'rowwise_with_gw_hp', whose backward reads the "
-                "input in high precision",
+                f"{self.saved_input!r} has no effect with recipe_name = 'rowwise_with_gw_hp', whose backward "
+                "reads the input in high precision",
             )
         if self.keep_float8_shards and not self.enable_fsdp_float8_all_gather:
             yield "keep_float8_shards", "has no effect without enable_fsdp_float8_all_gather = true"

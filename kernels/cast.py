@@ -125,8 +125,8 @@ def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("octavo::cast_transposed", mutates_args=())
-def cast_transposed(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x8ᵀ (K, M) of x (M, K), with one scale."""
+def cast_transposed(x: Tensor, scale: Tensor, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
+    """x8ᵀ (K, M) of x (M, K), with one scale; `after` as in `transpose_float8`."""
     if _launches(x, dtype):
         from kernels.triton import cast
 
@@ -135,7 +135,7 @@ def cast_transposed(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @cast_transposed.register_fake
-def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _(x: Tensor, scale: Tensor, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
     return x.new_empty((x.shape[1], x.shape[0]), dtype=dtype)
 
 
@@ -174,8 +174,10 @@ def _(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("octavo::cast_columns", mutates_args=())
-def cast_columns(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
-    """See `cast_columns_reference`."""
+def cast_columns(
+    x: Tensor, dtype: torch.dtype, power_of_2: bool, after: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `cast_columns_reference`; `after` as in `transpose_float8`."""
     if _launches(x, dtype):
         from kernels.triton import cast_by_line
 
@@ -184,7 +186,9 @@ def cast_columns(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tenso
 
 
 @cast_columns.register_fake
-def _(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, dtype: torch.dtype, power_of_2: bool, after: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     x8t = x.new_empty((x.shape[1], x.shape[0]), dtype=dtype)
     return x8t, x.new_empty((1, x.shape[1]), dtype=torch.float32)
 

@@ -231,6 +231,9 @@ class Float8LinearConfig:
     saved_input: str = "auto"
     """What backward keeps of the input: itself (``high_precision``), cast again; or ``float8``, its
     transposed cast (1 byte); ``auto`` becomes the latter with Triton's casts, where backward reads it."""
+    force_recompute_fp8_input_in_bwd: bool = False
+    """With ``high_precision``, under compile: keep the compiler from casting X for backward in forward. For a
+    linear that shares X with no other: each casts it for itself."""
     keep_float8_shards: bool = False
     """Keep a shard cast for the float8 all-gather until the weight changes: 1 byte an element of it."""
 
@@ -273,6 +276,12 @@ class Float8LinearConfig:
                 )
 
     def _check_kernels(self) -> None:
+        if self.saved_input == "least":
+            raise ValueError(
+                "Float8LinearConfig: saved_input='least' goes by the role that each linear has in its model, "
+                "and a config\nof linears knows none: take 'float8', or for those whose input backward has "
+                "anyway\n'high_precision' with force_recompute_fp8_input_in_bwd"
+            )
         for name, allowed in (("cast_kernels", CAST_KERNELS), ("saved_input", SAVED_INPUT)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Float8LinearConfig: {name} is {getattr(self, name)!r}, allowed: {allowed}")
@@ -292,6 +301,13 @@ class Float8LinearConfig:
             raise ValueError(
                 "Float8LinearConfig: saved_input='float8' has no effect where the grad_weight GEMM, which "
                 "reads the input in backward, is in high precision"
+            )
+        if self.force_recompute_fp8_input_in_bwd and (
+            self.saved_input != "high_precision" or self.cast_kernels != "triton" or not reads_input
+        ):
+            raise ValueError(
+                "Float8LinearConfig: force_recompute_fp8_input_in_bwd needs saved_input='high_precision', "
+                "cast_kernels='triton'\nand a grad_weight GEMM in float8: elsewhere it has no effect"
             )
         if self.keep_float8_shards and not self.enable_fsdp_float8_all_gather:
             raise ValueError(

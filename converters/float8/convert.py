@@ -61,9 +61,14 @@ def _reason(
     return None if config.pad_inner_dim else misaligned_reason(linear.in_features, linear.out_features)
 
 
-def swap(module: nn.Module, decisions: list[Decision], config: Float8LinearConfig) -> nn.Module:
-    """Carry out `decisions`; returns `module`, or its replacement where it is itself a linear."""
-    chosen = {id(decision.module) for decision in decisions if decision.reason is None}
+def swap(
+    module: nn.Module, decisions: list[Decision], config_of: Callable[[str], Float8LinearConfig]
+) -> nn.Module:
+    """Carry out `decisions`; returns `module`, or its replacement where it is itself a linear.
+
+    `config_of` gives the config of a linear by its FQN.
+    """
+    chosen = {id(decision.module): decision.fqn for decision in decisions if decision.reason is None}
     made: dict[int, Float8Linear] = {}
     seen: set[int] = set()
 
@@ -78,7 +83,7 @@ def swap(module: nn.Module, decisions: list[Decision], config: Float8LinearConfi
         if id(child) not in chosen:
             return child
         assert isinstance(child, nn.Linear)
-        made[id(child)] = Float8Linear.from_float(child, config)
+        made[id(child)] = Float8Linear.from_float(child, config_of(chosen[id(child)]))
         return made[id(child)]
 
     return replacement(module)
@@ -113,4 +118,4 @@ def convert_to_float8_training(
     if not any(decision.reason is None for decision in decisions):
         why = "; ".join(sorted({d.reason for d in decisions if d.reason})[:3]) or "it has no nn.Linear"
         warnings.warn(f"convert_to_float8_training converted nothing: {why}", stacklevel=2)
-    return swap(module, decisions, config)
+    return swap(module, decisions, lambda fqn: config)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 def linear_config(section: Float8SectionConfig) -> Float8LinearConfig:
-    """The `Float8LinearConfig` that a config section describes.
+    """The `Float8LinearConfig` that a config section describes, of rowwise linears too unless `rowwise_config`.
 
     Raises:
         ValueError: settings that cannot work together.
@@ -74,9 +75,21 @@ def linear_config(section: Float8SectionConfig) -> Float8LinearConfig:
         force_recompute_fp8_weight_in_bwd=section.force_recompute_fp8_weight_in_bwd,
         delayed_scaling_config=DelayedScalingConfig(history_len=section.delayed_history_len),
         cast_kernels=section.cast_kernels,
-        saved_input=section.saved_input,
+        saved_input="float8" if section.saved_input == "least" else section.saved_input,
         keep_float8_shards=section.keep_float8_shards,
     )
+
+
+def rowwise_config(section: Float8SectionConfig) -> Float8LinearConfig:
+    """That of linears that end a part of a block: ``saved_input = "least"`` keeps nothing for them.
+
+    Their inputs are attention's output, which its backward keeps anyway, and a product that a compiler makes
+    again. The others read a norm's output, which nothing else keeps; several read one, so they share a cast.
+    """
+    config = linear_config(section)
+    if section.saved_input != "least":
+        return config
+    return replace(config, saved_input="high_precision", force_recompute_fp8_input_in_bwd=True)
 
 
 class Float8Converter(Converter):
@@ -91,7 +104,7 @@ class Float8Converter(Converter):
         self.section = section
         self.context = context
         self.recipe = Float8LinearRecipeName(section.recipe_name or "tensorwise")
-        self.config = linear_config(section)
+        self.config, self.rowwise_config = linear_config(section), rowwise_config(section)
         self._collected = False
         self._amaxes: dict[Tensor, Tensor] | None = None
         """Parameter -> amax of this rank's part, as the optimizer found it; None where it finds none."""
@@ -160,7 +173,12 @@ class Float8Converter(Converter):
         )
         decisions = decide(model, chosen, self.config)
         report = ConversionReport(self.name, self._rows(decisions))
-        swap(model, decisions, self.config)
+        swap(
+            model,
+            decisions,
+            lambda fqn: self.rowwise_config if self._role(fqn) == "rowwise" else self.config,
+        )
+        self._warn_of_least(decisions)
         if report.converted == 0:
             logger.warning(
                 "%s\n%s: NOTHING WAS CONVERTED: this run trains in high precision (%d linears seen)\n%s",
@@ -191,14 +209,29 @@ class Float8Converter(Converter):
     def _local_mkn(self, fqn: str, k: int, n: int) -> tuple[int, int, int]:
         tp = self.context.tp_degree
         if tp > 1:
-            role = next(
-                (role for pattern, role in self.context.roles.items() if _matches(pattern, fqn)), None
-            )
+            role = self._role(fqn)
             if role in ("columnwise", "output"):
                 n //= tp
             elif role == "rowwise":
                 k //= tp
         return self.context.tokens_per_microbatch, k, n
+
+    def _role(self, fqn: str) -> str | None:
+        return next((role for pattern, role in self.context.roles.items() if _matches(pattern, fqn)), None)
+
+    def _warn_of_least(self, decisions: list[Decision]) -> None:
+        if self.section.saved_input != "least":
+            return
+        if not any(each.reason is None and self._role(each.fqn) == "rowwise" for each in decisions):
+            logger.warning(
+                "quantize.linear.float8.saved_input = 'least' is as 'float8' here: no rowwise linear was "
+                "converted"
+            )
+        elif not self.context.compile_model:
+            logger.warning(
+                "quantize.linear.float8.saved_input = 'least' keeps more than 'float8' without compile.enable "
+                "wherever nothing else holds the input of a rowwise linear"
+            )
 
     def _remark(self, local: tuple[int, int, int]) -> str:
         if self.config.emulate:

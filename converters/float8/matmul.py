@@ -13,7 +13,10 @@ weight's. A GEMM whose operands are DISABLED runs in the operands' own dtype.
 What backward keeps, besides the scalar scales of the forward (a scale is never computed twice from what
 might by then be other bits; row scales differ between the GEMMs and come with their operand):
 
-- X in high precision and cast again; or X8ᵀ, already turned, where `saved_input` is ``float8``.
+- X in high precision and cast again; or X8ᵀ, already turned, where `saved_input` is ``float8``. A compiler that
+  sees X cast again may do that in forward and keep X8ᵀ, which serves all linears that read X, unless
+  `force_recompute_fp8_input_in_bwd` forbids it: then it keeps X if something else needs it, or what it can make
+  X of.
 - W by reference: under FSDP2 it is freed after forward and gathered again, where a float8 copy would stay for
   every layer. Compiled, with Triton's casts and without `force_recompute_fp8_weight_in_bwd`, W8ᵀ: one read of
   W less, one byte an element more. A weight that came in float8 is kept as it is.
@@ -131,11 +134,26 @@ class Float8Mm(torch.autograd.Function):
                 w = operands(weight, "weight", (None, w_scale), config, rows=False, columns=True, after=dy)[1]
             grad_x = _grad_input(dy, weight, dy_rows, w, config).to(ctx.x_dtype)
         if needs_w:
-            kept = Float8Operand(x.t(), x_scale) if ctx.kept_x else None
-            if kept is None:
-                kept = operands(x, "input", (None, x_scale), config, rows=False, columns=True, after=dy)[1]
+            kept = Float8Operand(x.t(), x_scale) if ctx.kept_x else _cast_again(x, x_scale, dy, config)
             grad_w = _grad_weight(dy, x, dy_columns, kept, ctx.w_dtype, config)
         return (grad_x, grad_w, *[None] * 9)
+
+
+def _cast_again(
+    x: Tensor, scale: Tensor | None, dy: Tensor, config: Float8LinearConfig
+) -> Float8Operand | None:
+    """X for the grad_weight GEMM, where forward has not kept it in float8."""
+    late = gathered_float8(x) is not None
+    if config.force_recompute_fp8_input_in_bwd and not late:
+        late = True
+        if torch.compiler.is_compiling():
+            # The partitioner (torch 2.11 to 2.13, `is_materialized_backwards`) never makes again what an op
+            # that it cannot fuse reads in backward, however cheap; a copy it can fuse, and X before that.
+            # Inductor then drops the copy.
+            x = x.clone()
+    return operands(
+        x, "input", (None, scale), config, rows=False, columns=True, after=dy if late else None
+    )[1]
 
 
 def _grad_input(

@@ -52,13 +52,16 @@ def operands(
         config: Its casts.
         rows: Whether the first is wanted.
         columns: Whether the second is wanted.
-        after: In backward, the gradient that started it: see `kernels.cast.transpose_float8`.
+        after: In backward, the gradient that started it, to have the second cast there rather than where a
+            compiler likes: see `kernels.cast.transpose_float8`.
 
     Returns:
         Both as (R, C) with scales that broadcast; None for one that is not wanted or stays in high precision.
     """
     first, second = config.cast(f"cast_config_{name}"), config.cast(SECOND_USE[f"cast_config_{name}"])
     rows, columns = rows and first.enabled, columns and second.enabled
+    if after is not None and (in_float8 := gathered_float8(after)) is not None:
+        after = in_float8.data
     if (gathered := gathered_float8(t)) is not None:
         turned = _turned(gathered, after, config) if columns else None
         return gathered if rows else None, turned
@@ -66,15 +69,13 @@ def operands(
         return _both(t, first, scales[0], config)
     return (
         _rows(t, first, scales[0], config) if rows else None,
-        _columns(t, second, scales[1], config) if columns else None,
+        _columns(t, second, scales[1], config, after) if columns else None,
     )
 
 
 def _turned(gathered: Float8Operand, after: Tensor | None, config: Float8LinearConfig) -> Float8Operand:
     if config.cast_kernels != "triton":
         return gathered
-    if after is not None and (in_float8 := gathered_float8(after)) is not None:
-        after = in_float8.data
     return Float8Operand(kernels.transpose_float8(gathered.data, after).t(), gathered.scale)
 
 
@@ -103,14 +104,20 @@ def _rows(t: Tensor, cast: CastConfig, scale: Tensor | None, config: Float8Linea
     return Float8Operand(kernels.cast_float8(t, scale, cast.dtype), scale)
 
 
-def _columns(t: Tensor, cast: CastConfig, scale: Tensor | None, config: Float8LinearConfig) -> Float8Operand:
+def _columns(
+    t: Tensor,
+    cast: CastConfig,
+    scale: Tensor | None,
+    config: Float8LinearConfig,
+    after: Tensor | None = None,
+) -> Float8Operand:
     if config.cast_kernels != "triton":
         return _plain(t, cast, 0, scale, config)
     if cast.axiswise:
-        turned, scale = kernels.cast_columns(t, cast.dtype, config.round_scales_to_power_of_2)
+        turned, scale = kernels.cast_columns(t, cast.dtype, config.round_scales_to_power_of_2, after)
         return Float8Operand(turned.t(), scale)
     assert scale is not None
-    return Float8Operand(kernels.cast_transposed(t, scale, cast.dtype).t(), scale)
+    return Float8Operand(kernels.cast_transposed(t, scale, cast.dtype, after).t(), scale)
 
 
 def _plain(

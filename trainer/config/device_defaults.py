@@ -45,7 +45,7 @@ def _float8(section: Any, kernels: bool) -> Any:
     cast_kernels, saved_input = section.cast_kernels, section.saved_input
     if cast_kernels == "auto":
         wanted = kernels and not section.emulate
-        cast_kernels = "triton" if wanted or saved_input == "float8" else "torch"
+        cast_kernels = "triton" if wanted or saved_input in ("float8", "least") else "torch"
     if saved_input == "auto":
         reads = cast_kernels == "triton" and section.recipe_name != "rowwise_with_gw_hp"
         saved_input = "float8" if reads else "high_precision"

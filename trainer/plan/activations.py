@@ -17,13 +17,16 @@ What of these is kept:
   keeps the source and neither y nor a. (The partitioner does keep the casted o.) Weights that FSDP gathers in
   float8 it keeps too, turned for the gradient: to it a turned copy costs no more than what it is made of. It
   takes most of them; they are counted in full. `force_recompute_fp8_weight_in_bwd` forbids it.
+  Triton's casts it does not look into: it keeps those of y, o and a, one of each, or with
+  ``saved_input = "least"`` those of both y alone.
   What a fused kernel makes (`norm_kernel`, `swiglu_kernel`) the compiler does not make again: where a float8
   linear reads it, it keeps the cast of it.
-- ``none``, eager: every tensor that an operation saved: y and a always, and silu's output besides (which the
-  fused kernel does not have).
+- ``none``, eager: every tensor that an operation saved: y and a, or where `saved_input` has float8 a cast of
+  them for each linear that reads them; and silu's output besides (which the fused kernel does not have).
 - ``full``: x.
 - ``selective`` with n: every n-th block as ``full``, the others as ``none``.
-- ``selective`` with ``op``: x, o, and the results of matmuls: of plain ones every second, of float8 ones all.
+- ``selective`` with ``op``: x, o, and the results of matmuls: of plain ones every second, of float8 ones all;
+  where `saved_input` has float8 also the casts (in eager mode both layouts), and compiled those of weights.
   What the last matmul gives enters only a sum, so the compiler drops it where eager mode keeps it.
 - ``memory_budget`` b: x + b (none - x).
 
@@ -32,6 +35,7 @@ What of these is kept:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.plan.shapes import BlockShape, LinearShape, Part
@@ -76,6 +80,10 @@ class BlockMemory:
     compiled: bool
     float8_weight_bytes: int = 0
     """Of the block's weights that a compiled forward may keep in float8, turned for backward."""
+    kept_casts: tuple[str, ...] | None = None
+    """Roles of float8 linears that keep the cast of their input; None where the compiler sees what casts do."""
+    casts_are_results: bool = False
+    """Per-op recompute keeps casts too."""
     fused_norm: bool = False
     """The norms are kernels that the compiler cannot look into."""
     fused_product: bool = False
@@ -115,28 +123,51 @@ class BlockMemory:
         return total + (self.float8_weight_bytes if self.compiled else 0)
 
     def _input(self, part: Part) -> int:
-        kept = any(linear.high_precision_weight_gradient for linear in part.columnwise)
-        if self.tp > 1 and all(linear.float8_gather for linear in part.columnwise):
+        linears = part.columnwise
+        if self.tp > 1 and all(linear.float8_gather for linear in linears):
             return self.shape.width * self.tokens * _FLOAT8  # what was gathered
+        casts = self._casts(linears)
+        if any(linear.high_precision_weight_gradient for linear in linears):
+            return self._bytes(self.shape.width) + casts
+        if casts:
+            return casts
         # A gather is not done twice, so its result is kept whatever the casts are.
-        if kept or not self.compiled or self.tp > 1:
+        if not self.compiled or self.tp > 1:
             return self._bytes(self.shape.width)
         return self.shape.width * self.tokens * _FLOAT8 if self.fused_norm else 0
 
     def _attention_output(self, part: Part) -> int:
         width = sum(linear.k for linear in part.rowwise)
-        casts = 0
-        if self.compiled and not any(linear.high_precision_weight_gradient for linear in part.rowwise):
-            casts = width * self.tokens * _FLOAT8
+        casts = self._casts(part.rowwise)
+        if self.kept_casts is None and self.compiled:
+            kept = any(linear.high_precision_weight_gradient for linear in part.rowwise)
+            casts = 0 if kept else width * self.tokens * _FLOAT8
         return self._bytes(width) + self._log_sum_exp() + casts
 
     def _product(self, part: Part) -> int:
         width = sum(linear.k for linear in part.rowwise)
+        kept = any(linear.high_precision_weight_gradient for linear in part.rowwise)
+        casts = self._casts(part.rowwise)
         if not self.compiled:
-            return self._bytes(width if self.fused_product else 2 * width)  # silu's output too
-        if any(linear.high_precision_weight_gradient for linear in part.rowwise):
+            product = casts if casts and not kept else self._bytes(width)
+            return product + (0 if self.fused_product else self._bytes(width))  # silu's output
+        if kept or (self.fused_product and self.kept_casts is not None and not casts):
             return self._bytes(width)
+        if casts:
+            return casts
         return width * self.tokens * _FLOAT8 if self.fused_product else 0
+
+    def _casts(self, linears: Sequence[LinearShape]) -> int:
+        """Of inputs, as forward keeps them: compiled, linears that read one input share its cast."""
+        kept = [
+            linear.k
+            for linear in linears
+            if self.kept_casts is not None
+            and linear.role in self.kept_casts
+            and not linear.high_precision_weight_gradient
+        ]
+        shared = self.compiled and any(linear.role == "columnwise" for linear in linears)
+        return sum(kept[:1] if shared else kept) * self.tokens * _FLOAT8
 
     def _per_op(self) -> int:
         total = self._stream() + self._log_sum_exp()
@@ -152,7 +183,18 @@ class BlockMemory:
             if linear is linears[-1] and self.compiled:
                 continue
             total += self._result(linear, kept)
-        return total
+        return total + self._casts_as_results()
+
+    def _casts_as_results(self) -> int:
+        if not self.casts_are_results:
+            return 0
+        total = 0
+        for part in self.shape.parts:
+            came_in_float8 = self.tp > 1 and all(linear.float8_gather for linear in part.columnwise)
+            total += self._casts(part.rowwise) + (0 if came_in_float8 else self._casts(part.columnwise))
+        # A cast makes X8 and its transpose; compiled backward reads the latter.
+        total *= 1 if self.compiled else 2
+        return total + (self.float8_weight_bytes if self.compiled else 0)
 
     def _result(self, linear: LinearShape, kept: bool) -> int:
         size = self._bytes(linear.n) if kept else 0

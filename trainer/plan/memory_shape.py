@@ -49,9 +49,21 @@ def block_memory(config: Any, model: ModelShape, layout: Layout) -> BlockMemory:
         element_bytes(config),
         compiled,
         kept,
+        _kept_casts(float8, compiled),
+        float8.saved_input in ("float8", "least"),
         fused_norm=getattr(chosen, "norm_kernel", "torch") == "fused",
         fused_product=getattr(chosen, "swiglu_kernel", "torch") == "fused",
     )
+
+
+def _kept_casts(float8: Any, compiled: bool) -> tuple[str, ...] | None:
+    """Roles of linears that keep the cast of their input; None where a compiler decides, which sees the cast."""
+    if float8.cast_kernels != "triton":
+        return None
+    # A cast in backward that does not wait for a gradient is one that the compiler does in forward.
+    if float8.saved_input == "float8" or (compiled and float8.saved_input == "high_precision"):
+        return ("columnwise", "rowwise")
+    return ("columnwise",) if float8.saved_input == "least" else ()
 
 
 def element_bytes(config: Any) -> int:
