@@ -143,17 +143,24 @@ def _cast_again(
     x: Tensor, scale: Tensor | None, dy: Tensor, config: Float8LinearConfig
 ) -> Float8Operand | None:
     """X for the grad_weight GEMM, where forward has not kept it in float8."""
-    late = gathered_float8(x) is not None
-    if config.force_recompute_fp8_input_in_bwd and not late:
-        late = True
-        if torch.compiler.is_compiling():
-            # The partitioner (torch 2.11 to 2.13, `is_materialized_backwards`) never makes again what an op
-            # that it cannot fuse reads in backward, however cheap; a copy it can fuse, and X before that.
-            # Inductor then drops the copy.
-            x = x.clone()
-    return operands(
-        x, "input", (None, scale), config, rows=False, columns=True, after=dy if late else None
-    )[1]
+    came_in_float8 = gathered_float8(x) is not None
+    late = config.force_recompute_fp8_input_in_bwd or came_in_float8
+    if late and not came_in_float8 and torch.compiler.is_compiling():
+        x = _made_again(x, dy)
+    after = dy if late else None
+    return operands(x, "input", (None, scale), config, rows=False, columns=True, after=after)[1]
+
+
+def _made_again(x: Tensor, dy: Tensor) -> Tensor:
+    """X, in a form that lets a compiler make it again in backward.
+
+    What an op reads that cannot be fused, as a cast kernel, the partitioner keeps, however cheap to make
+    (torch 2.11 to 2.13: `is_materialized_backwards`). What a fusible op reads it may make again, and it fuses
+    the two: a choice between X and X is such an op, and one that waits for dY cannot be moved to forward.
+    """
+    in_float8 = gathered_float8(dy)
+    first = (dy if in_float8 is None else in_float8.data)[:1, :1].to(torch.float32)
+    return torch.where(first > 0, x, x)
 
 
 def _grad_input(

@@ -3,7 +3,7 @@
 import logging
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -88,6 +88,12 @@ def test_sections_have_the_documented_defaults() -> None:
             "saved_input",
             "no effect with recipe_name",
         ),
+        ({"saved_input": "least", "cast_kernels": "torch"}, "saved_input", "needs cast_kernels"),
+        (
+            {"saved_input": "least", "recipe_name": "rowwise_with_gw_hp"},
+            "saved_input",
+            "'least' has no effect with recipe_name",
+        ),
         ({"keep_float8_shards": True}, "keep_float8_shards", "no effect without"),
     ],
 )
@@ -116,6 +122,39 @@ def test_kernel_settings_reach_the_layers(caplog: pytest.LogCaptureFixture) -> N
         Float8SectionConfig(cast_kernels="triton", saved_input="high_precision"), CPU
     )
     assert torch.ops.octavo.cast_both.default not in plain.ops_to_save()
+
+
+@pytest.mark.parametrize(
+    ("roles", "compiled", "recast", "warned"),
+    [
+        ({"*.wq": "columnwise", "*.wo": "rowwise"}, True, ["a.wo", "b.wo"], None),
+        ({"*.wq": "columnwise", "*.wo": "rowwise"}, False, ["a.wo", "b.wo"], "without compile.enable"),
+        ({"*.wq": "columnwise"}, True, [], "no rowwise linear was converted"),
+        ({}, True, [], "no rowwise linear was converted"),
+    ],
+)
+def test_least_goes_by_the_role(
+    roles: dict[str, str],
+    compiled: bool,
+    recast: list[str],
+    warned: str | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    layers = {name: nn.ModuleDict({"wq": nn.Linear(32, 32), "wo": nn.Linear(32, 32)}) for name in "ab"}
+    model = nn.ModuleDict({**layers, "other": nn.Linear(32, 32)})
+    context = replace(CPU, roles=roles, compile_model=compiled)
+    converter = CONVERTERS["float8"].build(Float8SectionConfig(saved_input="least"), context)
+    converter.convert(model)
+    configs = {name: m.config for name, m in model.named_modules() if isinstance(m, Float8Linear)}
+    assert len(configs) == 5
+    assert {config.cast_kernels for config in configs.values()} == {"triton"}
+    late = [name for name, config in configs.items() if config.force_recompute_fp8_input_in_bwd]
+    assert late == recast
+    assert [n for n, config in configs.items() if config.saved_input == "high_precision"] == recast
+    assert torch.ops.octavo.cast_both.default in converter.ops_to_save()
+    found = [record.message for record in caplog.records if "least" in record.message]
+    assert len(found) == (warned is not None)
+    assert warned is None or warned in found[0]
 
 
 def test_explicit_tensorwise_with_all_gather_is_accepted() -> None:

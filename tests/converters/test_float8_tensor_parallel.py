@@ -54,6 +54,7 @@ CASES = {
     "wk_wv_filtered": {"filter_fqns": ["output", "wk", "wv"]},
     "power_of_2": {"filter_fqns": ["output"], "round_scales_to_power_of_2": True},
     "cast_kernels": {"filter_fqns": ["output"], "cast_kernels": "triton", "saved_input": "float8"},
+    "least": {"filter_fqns": ["output"], "cast_kernels": "triton", "saved_input": "least"},
     "rowwise": {"filter_fqns": ["output"], "recipe_name": "rowwise"},
     "rowwise_with_gw_hp": {"filter_fqns": ["output"], "recipe_name": "rowwise_with_gw_hp"},
     "delayed": {
@@ -61,7 +62,7 @@ CASES = {
         **{f"scaling_type_{tensor}": "delayed" for tensor in ("input", "weight", "grad_output")},
     },
 }
-COMPILED = ("tensorwise", "wk_wv_filtered", "cast_kernels")
+COMPILED = ("tensorwise", "wk_wv_filtered", "cast_kernels", "least")
 
 
 class Gathers(TorchDispatchMode):
@@ -95,7 +96,8 @@ def counting_backend(calls):
 
 def build(case, mesh=None, backend=None):
     section = Float8SectionConfig(**CASES[case])
-    converter = Float8Converter(section, ConverterContext(device_type="cpu", tokens_per_microbatch=64))
+    context = ConverterContext(device_type="cpu", tokens_per_microbatch=64, roles=SPEC.roles)
+    converter = Float8Converter(section, context)
     with torch.device("meta"):
         model = SPEC.build(CONFIG)
     converter.convert(model)

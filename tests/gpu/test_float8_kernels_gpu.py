@@ -207,7 +207,8 @@ CONFIGS = {
 
 def variants(name: str) -> list[dict[str, object]]:
     found: list[dict[str, object]] = [{}, {"force_recompute_fp8_weight_in_bwd": True}]
-    return found if name == "rowwise_with_gw_hp" else [*found, {"saved_input": "float8"}]
+    late = {"saved_input": "high_precision", "force_recompute_fp8_input_in_bwd": True}
+    return found if name == "rowwise_with_gw_hp" else [*found, {"saved_input": "float8"}, late]
 
 
 def train(layer: Float8Linear, x: Tensor, dy: Tensor, forward: nn.Module) -> list[Tensor]:

@@ -17,8 +17,8 @@ What of these is kept:
   keeps the source and neither y nor a. (The partitioner does keep the casted o.) Weights that FSDP gathers in
   float8 it keeps too, turned for the gradient: to it a turned copy costs no more than what it is made of. It
   takes most of them; they are counted in full. `force_recompute_fp8_weight_in_bwd` forbids it.
-  Triton's casts it does not look into: it keeps those of y, o and a, one of each, or with
-  ``saved_input = "least"`` those of both y alone.
+  Triton's casts it does not look into. With ``saved_input = "float8"`` those of y, o and a are kept, one of
+  each; with ``least`` those of y; otherwise the compiler casts y and a in forward, and o in backward.
   What a fused kernel makes (`norm_kernel`, `swiglu_kernel`) the compiler does not make again: where a float8
   linear reads it, it keeps the cast of it.
 - ``none``, eager: every tensor that an operation saved: y and a, or where `saved_input` has float8 a cast of
@@ -83,7 +83,7 @@ class BlockMemory:
     kept_casts: tuple[str, ...] | None = None
     """Roles of float8 linears that keep the cast of their input; None where the compiler sees what casts do."""
     casts_are_results: bool = False
-    """Per-op recompute keeps casts too."""
+    """They ask for it, rather than a compiler that likes it: per-op recompute keeps casts too."""
     fused_norm: bool = False
     """The norms are kernels that the compiler cannot look into."""
     fused_product: bool = False
@@ -138,7 +138,7 @@ class BlockMemory:
 
     def _attention_output(self, part: Part) -> int:
         width = sum(linear.k for linear in part.rowwise)
-        casts = self._casts(part.rowwise)
+        casts = self._casts(part.rowwise) if self.casts_are_results else 0
         if self.kept_casts is None and self.compiled:
             kept = any(linear.high_precision_weight_gradient for linear in part.rowwise)
             casts = 0 if kept else width * self.tokens * _FLOAT8

@@ -60,7 +60,7 @@ def _kept_casts(float8: Any, compiled: bool) -> tuple[str, ...] | None:
     """Roles of linears that keep the cast of their input; None where a compiler decides, which sees the cast."""
     if float8.cast_kernels != "triton":
         return None
-    # A cast in backward that does not wait for a gradient is one that the compiler does in forward.
+    # A cast that does not wait for a gradient is one that the compiler does in forward.
     if float8.saved_input == "float8" or (compiled and float8.saved_input == "high_precision"):
         return ("columnwise", "rowwise")
     return ("columnwise",) if float8.saved_input == "least" else ()

@@ -68,7 +68,7 @@ def plan_time(
         p.shard_numel
         for p in (*(model.embedding if stage.first else ()), *(model.head if stage.last else ()))
     )
-    optimizer = 32 * shards / copy  # 28 bytes a parameter, and 4 for the norm
+    optimizer = _optimizer_bytes(config) * shards / copy
     sent = sum(_seconds(item, device) for item in traffic)
     compute = gemm + attend + redone + memory + optimizer
     pp = layout.degrees["pp"]
@@ -152,6 +152,23 @@ def _block_traffic(model: ModelShape, layout: Layout) -> float:
         for linear in (*part.columnwise, *part.rowwise):
             total += _CAST_BYTES * (linear.k + linear.n) / 2 * linear.float8
     return total * layout.tokens
+
+
+def _optimizer_bytes(config: Any) -> int:
+    """Of one parameter, from reduced gradient to new value; `foreach` and `for-loop` take several times that.
+
+    docs/optimizer.md has the passes over fp32; `parallelisms.direct_weights` those over its bf16 gradients
+    and copies, which the one-pass step reads and writes itself.
+    """
+    master = 2 if config.training.dtype == "bfloat16" else 4
+    one_pass, direct = (
+        config.optimizer.implementation == "one_pass",
+        config.parallelism.fsdp_single_shard == "direct",
+    )
+    gradient = 2 if one_pass and direct else master
+    norm = (1 if one_pass else 3) * gradient if config.training.max_norm else 0  # read; scaled in a pass apart
+    step = gradient + 6 * master  # parameter and two moments, read and written
+    return norm + step + (2 if one_pass else 6 + 6) * direct
 
 
 def _seconds(item: Traffic, device: Device) -> float:

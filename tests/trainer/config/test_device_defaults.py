@@ -89,5 +89,6 @@ def test_what_is_given_stays_and_the_rest_gives_way(flags, expected):
     assert {key: found[key] for key in expected} == expected
 
 
-def test_saved_float8_brings_its_casts():
-    assert chosen([CONVERT, f"{FLOAT8}.saved_input=float8"], kernels=False)["casts"] == "triton"
+@pytest.mark.parametrize("saved", ["float8", "least"])
+def test_saved_float8_brings_its_casts(saved):
+    assert chosen([CONVERT, f"{FLOAT8}.saved_input={saved}"], kernels=False)["casts"] == "triton"

@@ -4,7 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from functorch.compile import min_cut_rematerialization_partition, nop
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
 from converters.base import ConverterContext
 from converters.config import Float8SectionConfig
@@ -12,6 +16,7 @@ from converters.float8 import gemm
 from converters.float8.converter import Float8Converter
 from models.llama3.config import FLAVORS
 from models.llama3.model import TransformerBlock
+from models.llama3.spec import SPEC
 from models.rope import RotaryEmbedding
 from parallelisms.activation_checkpoint import apply_activation_checkpoint
 from parallelisms.config import ActivationCheckpointConfig
@@ -28,7 +33,13 @@ SIZES = {"dim": WIDTH, "n_heads": 8, "n_kv_heads": 8, "ffn_hidden_dim": 896, "vo
 FUSED = {"norm_kernel": "fused", "swiglu_kernel": "fused"}
 
 
-def saved_by_the_block(recompute, recipe, compiled, kernels=None):
+def inductors_partition(module, inputs, **options):
+    """How inductor divides a graph of forward and backward, after the passes that it runs on it."""
+    joint_graph_passes(module)
+    return min_cut_rematerialization_partition(module, inputs, compiler="inductor", **options)
+
+
+def saved_by_the_block(recompute, recipe, compiled, kernels=None, saved_input=None):
     """{dtype: bytes} that a real block keeps between forward and backward, its weights left out."""
     torch._dynamo.reset()
     rope = RotaryEmbedding(32, TOKENS, 500000.0)
@@ -37,7 +48,8 @@ def saved_by_the_block(recompute, recipe, compiled, kernels=None):
     ops = ()
     if recipe:
         converter = Float8Converter(
-            Float8SectionConfig(recipe_name=recipe), ConverterContext("cpu", TOKENS, compile_model=compiled)
+            Float8SectionConfig(recipe_name=recipe, saved_input=saved_input or "auto"),
+            ConverterContext("cpu", TOKENS, compile_model=compiled, roles=SPEC.roles),
         )
         converter.convert(model)
         ops = converter.ops_to_save()
@@ -45,7 +57,12 @@ def saved_by_the_block(recompute, recipe, compiled, kernels=None):
     apply_activation_checkpoint(model, "layers", recompute, ops)
     if compiled:
         # The partitioner that inductor uses, without its code generation.
-        block.compile(backend="aot_eager_decomp_partition", fullgraph=True)
+        backend = "aot_eager_decomp_partition"
+        if saved_input:
+            backend = aot_autograd(
+                fw_compiler=nop, decompositions=select_decomp_table(), partition_fn=inductors_partition
+            )
+        block.compile(backend=backend, fullgraph=True)
     weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     found = {}
 
@@ -64,7 +81,7 @@ def saved_by_the_block(recompute, recipe, compiled, kernels=None):
     return total
 
 
-def planned(recompute, recipe, compiled, kernels=None):
+def planned(recompute, recipe, compiled, kernels=None, saved_input=None):
     flags = [f"--model.overrides.{key}={value}" for key, value in {**SIZES, **(kernels or {})}.items()]
     flags += ["--model.flavor=8B", f"--training.seq_len={TOKENS}", "--training.local_batch_size=1"]
     flags += ["--compile.enable"] * compiled
@@ -74,6 +91,8 @@ def planned(recompute, recipe, compiled, kernels=None):
             "--float8.filter_fqns=output",
             f"--float8.recipe_name={recipe}",
         ]
+    if saved_input:
+        flags += ["--float8.cast_kernels=triton", f"--float8.saved_input={saved_input}"]
     config = load(flags, env={}).config
     layout = build_layout(config, 1)
     mode = requested(recompute).of_layer(0)
@@ -120,6 +139,35 @@ def test_fused_kernels_keep_what_is_planned(compiled, monkeypatch):
     monkeypatch.setattr(gemm, "_row_major", lambda x: x if x.is_contiguous() else x.contiguous())
     saved = sum(saved_by_the_block(KEEP, "tensorwise", compiled, FUSED).values())
     assert saved == pytest.approx(planned(KEEP, "tensorwise", compiled, FUSED), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("saved_input", "kernels", "compiled"),
+    [
+        ("least", None, True),
+        ("float8", None, True),
+        pytest.param("high_precision", None, True, marks=pytest.mark.slow),
+        pytest.param("least", FUSED, True, marks=pytest.mark.slow),
+        ("float8", None, False),
+        ("least", None, False),
+    ],
+)
+def test_saved_inputs_are_what_is_planned(saved_input, kernels, compiled):
+    """With least neither the product nor a cast of it, and attention's output once."""
+    found = saved_by_the_block(KEEP, "tensorwise", compiled, kernels, saved_input)
+    casts = {
+        "high_precision": TOKENS * (2 * WIDTH + 896) * compiled,
+        "float8": TOKENS * (3 * WIDTH + 896 if compiled else 6 * WIDTH + 896),
+        "least": TOKENS * (2 if compiled else 5) * WIDTH,
+    }[saved_input]
+    weights = 4 * WIDTH**2 + 3 * WIDTH * 896 if compiled else 0
+    assert found[torch.float8_e4m3fn] == casts + weights
+    expected = planned(KEEP, "tensorwise", compiled, kernels, saved_input)
+    if not compiled:
+        # A CPU's norms keep fp32 copies of x and h in the place of these.
+        assert found[torch.bfloat16] + casts + 4 * TOKENS * WIDTH + 8 * TOKENS * 4 == expected
+    else:
+        assert sum(found.values()) == pytest.approx(expected, rel=0.02)
 
 
 def test_a_filtered_sibling_keeps_the_input_in_high_precision():

@@ -32,6 +32,8 @@ TWO = ["--training.local_batch_size=2"]
 BF16 = ["--training.dtype=bfloat16"]
 GATHER = [*FLOAT8, "--quantize.linear.float8.enable_fsdp_float8_all_gather"]
 COMPILE = ["--compile.enable"]
+PRECOMPUTE = "--float8.precompute_float8_dynamic_scale_for_fsdp"
+ONE_PASS = "--optimizer.implementation=one_pass"
 FORMER = [
     "--training.loss_kernel=torch",
     "--float8.cast_kernels=torch",
@@ -79,6 +81,63 @@ DIVISION = 4 * 128256 * 4096 / GIB
 def test_measured_peaks(flags, world_size, device, measured):
     peak = plan([*FORMER, *flags], world_size, device).worst.reserved_bytes / GIB
     assert peak == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("flags", "measured"),
+    [([], 47.6), ([*GATHER, PRECOMPUTE], 44.74), (ROWWISE, 47.96)],
+    ids=["bf16", "tensorwise", "rowwise"],
+)
+def test_measured_peaks_with_what_auto_takes(flags, measured):
+    """One H100, the one-pass optimizer: direct weights, fused loss, Triton's casts, inputs saved in float8."""
+    peak = plan([*EIGHT_LAYERS, ONE_PASS, *flags]).worst.reserved_bytes / GIB
+    assert peak == pytest.approx(measured, rel=0.015)
+
+
+def test_least_keeps_no_casts_of_rowwise_linears():
+    """Of the inputs of wo and w2, in each of 8 layers; they stay where nothing can make the product again."""
+    flags = [*EIGHT_LAYERS, ONE_PASS, *GATHER, PRECOMPUTE]
+    casts = 8 * 8192 * (4096 + 14336)
+    saved = {
+        (how, swiglu): plan(
+            [*flags, f"--float8.saved_input={how}", f"--model.overrides.swiglu_kernel={swiglu}"]
+        ).worst.by_category["activations"]
+        for how in ("high_precision", "float8", "least")
+        for swiglu in ("torch", "fused")
+    }
+    assert saved["float8", "torch"] - saved["least", "torch"] == casts
+    assert saved["float8", "torch"] == saved["float8", "fused"]
+    assert saved["least", "fused"] - saved["least", "torch"] == 8 * 8192 * 14336 * 2
+    # Left to the compiler, attention's output is cast in backward: it is there anyway.
+    assert saved["float8", "torch"] - saved["high_precision", "torch"] == 8 * 8192 * 4096
+
+
+def test_per_op_recompute_keeps_casts_where_inputs_are_saved_in_float8():
+    def kept(*flags):
+        config = load([*EIGHT_LAYERS, *FLOAT8, "--float8.cast_kernels=triton", *flags], env={}).config
+        layout = build_layout(config, 1)
+        return block_memory(config, read_model(config, layout, "cuda"), layout).saved("op")
+
+    none, again = kept("--float8.saved_input=high_precision"), "--float8.force_recompute_fp8_weight_in_bwd"
+    assert kept("--float8.saved_input=float8", again) - none == 8192 * (3 * 4096 + 14336)
+    assert kept("--float8.saved_input=least", again) - none == 8192 * 2 * 4096
+    assert kept("--float8.saved_input=least") - kept("--float8.saved_input=least", again) == LINEARS // 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--parallelism.fsdp_single_shard=copy"], 40),
+        (["--parallelism.fsdp_single_shard=copy", "--training.max_norm=0"], 28),
+        (["--parallelism.fsdp_single_shard=copy", "--optimizer.implementation=one_pass"], 32),
+        (["--optimizer.implementation=one_pass"], 30),
+        (["--parallelism.fsdp_single_shard=direct"], 52),
+    ],
+)
+def test_bytes_of_the_optimizer(flags, expected):
+    found = plan([*EIGHT_LAYERS, *flags]).time.optimizer_seconds
+    copied = found * DEVICE["h100"].copy_tb_per_second * 1e12
+    assert copied / 2_795_573_248 == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
