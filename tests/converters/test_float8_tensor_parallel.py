@@ -234,7 +234,9 @@ def found():
         return torch.load(Path(folder) / "found0")
 
 
-SCALED_AS_ONE = ["tensorwise", "with_output", "wk_wv_filtered", "power_of_2", "delayed", "cast_kernels"]
+SCALED_AS_ONE = [
+    *("tensorwise", "with_output", "wk_wv_filtered", "power_of_2", "delayed", "cast_kernels", "least"),
+]
 
 
 @pytest.mark.parametrize("case", [*SCALED_AS_ONE, *(f"compiled_{case}" for case in COMPILED)])

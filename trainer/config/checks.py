@@ -296,9 +296,26 @@ def warnings(loaded: Loaded) -> list[str]:
         keys = _changed(loaded, "parallelism.context_parallel_")
         found += [f"{key} has no effect: context_parallel_degree is 1" for key in keys]
     found += fsdp_warnings(loaded)
+    found += _saved_input_warnings(loaded)
     if c.parallelism.enable_async_tensor_parallel and c.parallelism.tensor_parallel_degree == 1:
         found.append("parallelism.enable_async_tensor_parallel has no effect: tensor_parallel_degree is 1")
     return found
+
+
+def _saved_input_warnings(loaded: Loaded) -> list[str]:
+    config = loaded.config
+    spec = MODELS.get(config.model.name)
+    if config.quantize.linear.float8.saved_input != "least" or spec is None:
+        return []
+    if config.model.flavor not in spec.flavors:
+        return []
+    if getattr(model_config(config), "swiglu_kernel", "torch") != "fused" or not config.compile.enable:
+        return []
+    key = "quantize.linear.float8.saved_input"
+    return [
+        f"{key} = 'least' keeps more than 'float8' with swiglu_kernel = 'fused': the compiler cannot make its "
+        "product again"
+    ]
 
 
 def _idle_resilience(loaded: Loaded) -> list[str]:

@@ -248,3 +248,17 @@ def test_preflight_reports_missing_inputs(tmp_path):
     text = str(caught.value)
     assert "training.dataset_path" in text
     assert "model.hf_assets_path" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--compile.enable", "--model.overrides.swiglu_kernel=fused"], 1),
+        (["--compile.enable"], 0),
+        (["--model.overrides.swiglu_kernel=fused"], 0),  # the converter warns of least without compile
+    ],
+)
+def test_least_with_a_product_that_is_not_made_again_is_warned_about(flags, said):
+    flags = [*flags, "--model.converters=float8", "--quantize.linear.float8.saved_input=least"]
+    found = [text for text in checks.warnings(load(flags, env={})) if "least" in text]
+    assert len(found) == said

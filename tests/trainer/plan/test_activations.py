@@ -57,8 +57,9 @@ def saved_by_the_block(recompute, recipe, compiled, kernels=None, saved_input=No
     apply_activation_checkpoint(model, "layers", recompute, ops)
     if compiled:
         # The partitioner that inductor uses, without its code generation.
-        backend = "aot_eager_decomp_partition"
-        if saved_input:
+        # Attention's output inductor casts in backward and this partition in forward: to it they cost the same.
+        backend = "inductor" if saved_input == "high_precision" else "aot_eager_decomp_partition"
+        if saved_input in ("float8", "least"):
             backend = aot_autograd(
                 fw_compiler=nop, decompositions=select_decomp_table(), partition_fn=inductors_partition
             )
