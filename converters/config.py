@@ -58,8 +58,8 @@ class Float8SectionConfig:
     """Casts as PyTorch ops that a compiler fuses, or Triton kernels that write both layouts in one read;
     `auto` takes these on a GPU."""
     saved_input: SavedInput = "auto"
-    """What backward keeps of a linear's input: the input, its float8 cast at 1 byte an element, or `least`: no
-    cast where compiled backward has or can make the input (wo, w2). `auto`: `float8` with Triton's casts."""
+    """What backward keeps of a linear's input: the input, its float8 cast at 1 byte an element, or `least`:
+    no cast where compiled backward has or makes the input (wo, w2). `auto`: `float8` with Triton's casts."""
     keep_float8_shards: bool = False
     """Keep float8 shards for all gathers of a step, 1 byte an element; needs the float8 all-gather."""
 

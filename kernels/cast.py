@@ -186,9 +186,7 @@ def cast_columns(
 
 
 @cast_columns.register_fake
-def _(
-    x: Tensor, dtype: torch.dtype, power_of_2: bool, after: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, dtype: torch.dtype, power_of_2: bool, after: Tensor | None = None) -> tuple[Tensor, Tensor]:
     x8t = x.new_empty((x.shape[1], x.shape[0]), dtype=dtype)
     return x8t, x.new_empty((1, x.shape[1]), dtype=torch.float32)
 

@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 def linear_config(section: Float8SectionConfig) -> Float8LinearConfig:
-    """The `Float8LinearConfig` that a config section describes, of rowwise linears too unless `rowwise_config`.
+    """The `Float8LinearConfig` that a config section describes; `rowwise_config` has that of rowwise linears.
 
     Raises:
         ValueError: settings that cannot work together.
@@ -229,8 +229,8 @@ class Float8Converter(Converter):
             )
         elif not self.context.compile_model:
             logger.warning(
-                "quantize.linear.float8.saved_input = 'least' keeps more than 'float8' without compile.enable "
-                "wherever nothing else holds the input of a rowwise linear"
+                "quantize.linear.float8.saved_input = 'least' keeps more than 'float8' without "
+                "compile.enable, wherever nothing else holds the input of a rowwise linear"
             )
 
     def _remark(self, local: tuple[int, int, int]) -> str:

@@ -13,10 +13,10 @@ weight's. A GEMM whose operands are DISABLED runs in the operands' own dtype.
 What backward keeps, besides the scalar scales of the forward (a scale is never computed twice from what
 might by then be other bits; row scales differ between the GEMMs and come with their operand):
 
-- X in high precision and cast again; or X8ᵀ, already turned, where `saved_input` is ``float8``. A compiler that
-  sees X cast again may do that in forward and keep X8ᵀ, which serves all linears that read X, unless
-  `force_recompute_fp8_input_in_bwd` forbids it: then it keeps X if something else needs it, or what it can make
-  X of.
+- X in high precision and cast again; or X8ᵀ, already turned, where `saved_input` is ``float8``. A compiler
+  that sees X cast again may do that in forward and keep X8ᵀ, which serves all linears that read X, unless
+  `force_recompute_fp8_input_in_bwd` forbids it: then it keeps X if something else needs it, or what it can
+  make X of.
 - W by reference: under FSDP2 it is freed after forward and gathered again, where a float8 copy would stay for
   every layer. Compiled, with Triton's casts and without `force_recompute_fp8_weight_in_bwd`, W8ᵀ: one read of
   W less, one byte an element more. A weight that came in float8 is kept as it is.

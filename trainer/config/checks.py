@@ -313,8 +313,8 @@ def _saved_input_warnings(loaded: Loaded) -> list[str]:
         return []
     key = "quantize.linear.float8.saved_input"
     return [
-        f"{key} = 'least' keeps more than 'float8' with swiglu_kernel = 'fused': the compiler cannot make its "
-        "product again"
+        f"{key} = 'least' keeps more than 'float8' with swiglu_kernel = 'fused', whose product the compiler "
+        "cannot make again"
     ]
 
 

@@ -81,7 +81,7 @@ class BlockMemory:
     float8_weight_bytes: int = 0
     """Of the block's weights that a compiled forward may keep in float8, turned for backward."""
     kept_casts: tuple[str, ...] | None = None
-    """Roles of float8 linears that keep the cast of their input; None where the compiler sees what casts do."""
+    """Roles of float8 linears that keep the cast of their input; None where the compiler sees into casts."""
     casts_are_results: bool = False
     """They ask for it, rather than a compiler that likes it: per-op recompute keeps casts too."""
     fused_norm: bool = False

@@ -57,7 +57,7 @@ def block_memory(config: Any, model: ModelShape, layout: Layout) -> BlockMemory:
 
 
 def _kept_casts(float8: Any, compiled: bool) -> tuple[str, ...] | None:
-    """Roles of linears that keep the cast of their input; None where a compiler decides, which sees the cast."""
+    """Roles of linears that keep the cast of their input; None where the compiler sees into casts."""
     if float8.cast_kernels != "triton":
         return None
     # A cast that does not wait for a gradient is one that the compiler does in forward.

@@ -161,12 +161,11 @@ def _optimizer_bytes(config: Any) -> int:
     and copies, which the one-pass step reads and writes itself.
     """
     master = 2 if config.training.dtype == "bfloat16" else 4
-    one_pass, direct = (
-        config.optimizer.implementation == "one_pass",
-        config.parallelism.fsdp_single_shard == "direct",
-    )
+    one_pass = config.optimizer.implementation == "one_pass"
+    direct = config.parallelism.fsdp_single_shard == "direct"
     gradient = 2 if one_pass and direct else master
-    norm = (1 if one_pass else 3) * gradient if config.training.max_norm else 0  # read; scaled in a pass apart
+    # The norm reads them; where they are scaled in a pass of its own, that reads and writes them.
+    norm = (1 if one_pass else 3) * gradient if config.training.max_norm else 0
     step = gradient + 6 * master  # parameter and two moments, read and written
     return norm + step + (2 if one_pass else 6 + 6) * direct
 

@@ -48,7 +48,11 @@ def saved_by_the_block(recompute, recipe, compiled, kernels=None, saved_input=No
     ops = ()
     if recipe:
         converter = Float8Converter(
-            Float8SectionConfig(recipe_name=recipe, saved_input=saved_input or "auto"),
+            Float8SectionConfig(
+                recipe_name=recipe,
+                saved_input=saved_input or "auto",
+                cast_kernels="triton" if saved_input else "auto",
+            ),
             ConverterContext("cpu", TOKENS, compile_model=compiled, roles=SPEC.roles),
         )
         converter.convert(model)
@@ -57,9 +61,8 @@ def saved_by_the_block(recompute, recipe, compiled, kernels=None, saved_input=No
     apply_activation_checkpoint(model, "layers", recompute, ops)
     if compiled:
         # The partitioner that inductor uses, without its code generation.
-        # Attention's output inductor casts in backward and this partition in forward: to it they cost the same.
-        backend = "inductor" if saved_input == "high_precision" else "aot_eager_decomp_partition"
-        if saved_input in ("float8", "least"):
+        backend = "aot_eager_decomp_partition"
+        if saved_input:
             backend = aot_autograd(
                 fw_compiler=nop, decompositions=select_decomp_table(), partition_fn=inductors_partition
             )

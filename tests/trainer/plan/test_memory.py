@@ -89,7 +89,7 @@ def test_measured_peaks(flags, world_size, device, measured):
     ids=["bf16", "tensorwise", "rowwise"],
 )
 def test_measured_peaks_with_what_auto_takes(flags, measured):
-    """One H100, the one-pass optimizer: direct weights, fused loss, Triton's casts, inputs saved in float8."""
+    """One H100, one-pass optimizer: direct weights, fused loss, Triton's casts, inputs saved in float8."""
     peak = plan([*EIGHT_LAYERS, ONE_PASS, *flags]).worst.reserved_bytes / GIB
     assert peak == pytest.approx(measured, rel=0.015)
 
