@@ -156,7 +156,7 @@ def _resume(test: Selftest) -> bool:
     _wait(process, output)
     test.step_seconds = _step_seconds(test)
     print(f"   done in {time.monotonic() - started:.0f} s, {test.step_seconds:.2f} s a step with its save")
-    print(f"2  the same, killed {test.kills} times")
+    print(f"2  the same, killed {test.kills} {'time' if test.kills == 1 else 'times'}")
     span = (test.steps - 2) // test.kills
     for number in range(test.kills):
         step = number * span + test.dice.randrange(2 if number == 0 else 1, span + 1)
