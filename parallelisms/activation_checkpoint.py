@@ -86,11 +86,25 @@ def _wrap(
 
 
 def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    # torch 2.11 marks what a compiled block recomputes by walking its graph, and forgets what is inside of an
+    # autograd function: nearly all of a float8 linear was kept. A policy is asked for every op.
+    compiled = {"context_fn": _recompute_all, **options}
+
     # A plain function of this file: the compiler refuses to start in a frame of torch.utils.checkpoint.
     def checkpointed_forward(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return checkpoint(forward, *args, **compiled)
         return checkpoint(forward, *args, **options)
 
     return checkpointed_forward
+
+
+def _recompute_all() -> Any:
+    return create_selective_checkpoint_contexts(_always_recompute)
+
+
+def _always_recompute(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _shapes(named: Iterable[tuple[str, nn.Module]], fqns: Iterable[str]) -> set[tuple[int, int]]:

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from converters.float8 import Float8LinearConfig, convert_to_float8_training
 from parallelisms.activation_checkpoint import apply_activation_checkpoint
 from parallelisms.blocks import blocks_of, matches
-from parallelisms.config import ActivationCheckpointConfig
+from parallelisms.compile import apply_compile
+from parallelisms.config import ActivationCheckpointConfig, CompileConfig
 
 
 class Block(nn.Module):
@@ -87,6 +89,34 @@ def test_per_op_keeps_every_other_matmul():
     kept = matmuls("none")
     assert matmuls("full") == kept + 2
     assert matmuls("selective") == kept + 1
+
+
+@pytest.mark.parametrize("cast_kernels", ["torch", "triton"])
+def test_a_compiled_float8_block_keeps_its_input_alone(cast_kernels):
+    """torch 2.11 by itself keeps what an autograd function does inside."""
+    kept = {}
+    for mode in ("none", "full"):
+        torch._dynamo.reset()
+        config = Float8LinearConfig(cast_kernels=cast_kernels)
+        block = convert_to_float8_training(
+            nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)), config=config
+        )
+        m = nn.ModuleDict({"layers": nn.ModuleDict({"0": block})})
+        apply_activation_checkpoint(m, "layers", ActivationCheckpointConfig(mode=mode))
+        apply_compile(m, "layers", CompileConfig(enable=True, backend="aot_eager_decomp_partition"))
+        x, shapes = torch.randn(16, 32, requires_grad=True), []
+
+        def note(t, shapes=shapes):
+            shapes.append(tuple(t.shape))
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            y = block(x)
+        y.sum().backward()
+        weights = [tuple(p.shape) for p in m.parameters()]
+        kept[mode] = sorted(shape for shape in shapes if shape not in weights)
+    assert kept["full"] == [(16, 32)]
+    assert len(kept["none"]) > 4
 
 
 def test_patterns():
