@@ -32,11 +32,10 @@ from torch.utils import _pytree as pytree
 from converters.float8.gemm import Float8Operand
 from converters.float8.scaling import (
     amax_of,
-    cast_to_float8,
     cast_with_scale,
+    cast_with_scale_into,
     scale_from_amax,
 )
-from kernels import cast as kernels
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -231,10 +230,7 @@ class GatheredFloat8(_Wrapper):
         """Take over the values of `shard`, which is the whole weight, in place."""
         assert isinstance(shard, FSDPFloat8Shard), type(shard)
         self._scale = shard.global_scale(None)
-        if shard._settings.cast_kernels == "triton":
-            kernels.cast_float8_into(self._data, shard._tensor, self._scale)
-        else:
-            self._data.copy_(cast_to_float8(shard._tensor, self._scale, self._data.dtype))
+        cast_with_scale_into(self._data, shard._tensor, self._scale, shard._settings.cast_kernels)
 
     def is_gathered(self) -> bool:
         """False where FSDP2 has freed it."""

@@ -24,6 +24,7 @@ __all__ = [
     "amax_of",
     "cast_to_float8",
     "cast_with_scale",
+    "cast_with_scale_into",
     "compute_amax",
     "dequantize",
     "float8_max",
@@ -48,6 +49,14 @@ def cast_with_scale(t: Tensor, scale: Tensor, dtype: torch.dtype, cast_kernels: 
     if cast_kernels == "triton":
         return cast.cast_float8(t, scale, dtype)
     return cast_to_float8(t, scale, dtype)
+
+
+def cast_with_scale_into(out: Tensor, t: Tensor, scale: Tensor, cast_kernels: str) -> None:
+    """T8 of t's shape, written to `out`, which is contiguous."""
+    if cast_kernels == "triton":
+        cast.cast_float8_into(out, t, scale)
+    else:
+        out.copy_(cast_to_float8(t, scale, out.dtype))
 
 
 def inverse_scale(scale: Tensor) -> Tensor:
