@@ -40,6 +40,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from parallelisms.dtensor import local_part
+
 
 @runtime_checkable
 class RenewsItself(Protocol):
@@ -154,10 +156,10 @@ class DirectWeights:
         self._is_stale = False
         for master, copy in self._copies.items():
             if isinstance(copy, RenewsItself) and copy.is_gathered():
-                copy.renew(_local(master))
+                copy.renew(local_part(master))
         plain = {} if self._is_renewed_by_optimizer else self._plain_copies()
         if plain:
-            torch._foreach_copy_(list(plain.values()), [_local(master) for master in plain])
+            torch._foreach_copy_(list(plain.values()), [local_part(master) for master in plain])
 
 
 def _look_up_rows(module: nn.Embedding, dtype: torch.dtype) -> nn.Parameter:
@@ -166,7 +168,7 @@ def _look_up_rows(module: nn.Embedding, dtype: torch.dtype) -> nn.Parameter:
     Returns:
         The parameter's memory as a leaf, whose gradient is of `dtype`.
     """
-    leaf = nn.Parameter(_local(module.weight).detach(), requires_grad=module.weight.requires_grad)
+    leaf = nn.Parameter(local_part(module.weight).detach(), requires_grad=module.weight.requires_grad)
     leaf.grad_dtype = dtype
     module.forward = lambda tokens: _Lookup.apply(tokens, leaf, dtype)  # type: ignore[method-assign]
     return leaf
@@ -187,8 +189,3 @@ class _Lookup(torch.autograd.Function):
         """The table's gradient (V, D)."""
         (tokens,) = ctx.saved_tensors
         return None, torch.ops.aten.embedding_dense_backward(grads[0], tokens, ctx.rows, -1, False), None
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """This device's part itself: `to_local` may give another wrapper around the same memory."""
-    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 
 from kernels.adamw import adamw_step
+from parallelisms.dtensor import local_part
 
 
 class OnePass(torch.optim.Adam):
@@ -97,12 +98,15 @@ class OnePass(torch.optim.Adam):
             chosen = [params[i] for i in indices]
             device = chosen[0].device
             adamw_step(
-                [_local(p) for p in chosen],
-                [_local(_placed_as(p, grads[i])).contiguous() for i, p in zip(indices, chosen, strict=True)],
-                [_local(exp_avgs[i]) for i in indices],
-                [_local(exp_avg_sqs[i]) for i in indices],
+                [local_part(p) for p in chosen],
+                [
+                    local_part(_placed_as(p, grads[i])).contiguous()
+                    for i, p in zip(indices, chosen, strict=True)
+                ],
+                [local_part(exp_avgs[i]) for i in indices],
+                [local_part(exp_avg_sqs[i]) for i in indices],
                 [steps[i] for i in indices],
-                [_local(self.low_precision_copies[p]) for p in chosen if p in self.low_precision_copies],
+                [local_part(self.low_precision_copies[p]) for p in chosen if p in self.low_precision_copies],
                 [self.amaxes[p] for p in chosen if p in self.amaxes],
                 None if grad_scale is None else grad_scale.to(device, torch.float32),
                 None if found_inf is None else found_inf.to(device, torch.float32),
@@ -124,11 +128,6 @@ class OnePassAdam(OnePass):
 
 class OnePassAdamW(OnePass, torch.optim.AdamW):
     """torch.optim.AdamW in one pass: weight decay acts on the parameter."""
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor itself: `to_local` may give another wrapper around the same memory."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _placed_as(param: Tensor, grad: Tensor) -> Tensor:
