@@ -1,4 +1,4 @@
-"""What ``auto`` stands for in settings that change speed and memory, not results, on the device of a run.
+"""What ``auto`` stands for in settings of speed and memory, on the device of a run.
 
     setting                                   on a GPU with Triton             elsewhere
     training.loss_kernel                      fused                            torch
@@ -7,9 +7,10 @@
     parallelism.fsdp_single_shard             direct, where it may be          copy
     parallelism.fsdp_reduce_scatter           compute_pool                     torch
 
-Each choice is the faster one as measured (`docs/performance.md`). A setting that is given stays as it is, and
-others give way to it. `activation_checkpoint.mode`, whose choice needs the device's memory, is resolved later
-by `trainer.plan.resolve`. Torch-free.
+None changes results by more than the rounding of a sum. Together they were measured on one GPU
+(`docs/performance.md`); on several, `compute_pool` is there for its memory. A setting that is given stays as
+it is, and others give way to it. `activation_checkpoint.mode`, whose choice needs the device's memory, is
+resolved later by `trainer.plan.resolve`. Torch-free.
 """
 
 from __future__ import annotations
