@@ -1,9 +1,7 @@
 """The Triton form of `kernels.adamw`: one launch for any number of tensors.
 
-A table on the device holds, for each tensor, the addresses of its parts, its size and the number of its first
-block; a program finds its tensor there by bisection. A launch for each tensor would cost the host tens of
-microseconds a tensor, which for the shards of many GPUs is longer than the step itself, and its small tensors
-would leave the chip idle. The table travels once a step, from pinned memory, and nobody waits for it.
+The table (`kernels.triton.tensor_table`) holds, for each tensor, the addresses of its parts beside its size and
+the number of its first block.
 
 A full block of a tensor whose parts all lie on 16-byte boundaries moves 16 bytes a thread and access; where
 only some of the parts are bf16, their 8 bytes go with the others' 16. What is left over, the end of a tensor
@@ -16,17 +14,13 @@ IEEE 754: the result has the bits of the reference.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.triton.magnitude import raise_amax
-
-WARPS = 8
-_ACCESS = 16  # bytes of a thread's widest load or store
+from kernels.triton.tensor_table import ACCESS, WARPS, bisections, block_size, build_table, find_tensor
 
 NO_DECAY, DECOUPLED, L2 = 0, 1, 2
 
@@ -44,7 +38,7 @@ def adamw_kernel(
     beta2,
     square_weight,  # 1 - beta2
     eps,
-    BISECTIONS: tl.constexpr,  # so many that P tensors become one
+    BISECTIONS: tl.constexpr,
     PARAM_BF16: tl.constexpr,
     GRAD_BF16: tl.constexpr,
     STATE_BF16: tl.constexpr,
@@ -56,14 +50,8 @@ def adamw_kernel(
 ):
     """Block `program_id` of all tensors' blocks in a row."""
     block = tl.program_id(0)
-    low = tensors * 0
-    high = tensors + 0
-    for _ in range(BISECTIONS):  # the last tensor whose first block is not behind this one
-        middle = (low + high) // 2
-        is_behind = tl.load(table + middle) > block
-        low = tl.where(is_behind, low, middle)
-        high = tl.where(is_behind, middle, high)
-    row = table + low
+    place = find_tensor(table, tensors, block, BISECTIONS)
+    row = table + place
     start = (block - tl.load(row)) * BLOCK
     size = tl.load(row + tensors)
     is_aligned = tl.load(row + 2 * tensors)
@@ -73,8 +61,8 @@ def adamw_kernel(
     exp_avg_sq = tl.load(row + 6 * tensors).to(tl.pointer_type(tl.bfloat16 if STATE_BF16 else tl.float32))
     copy = tl.load(row + 7 * tensors).to(tl.pointer_type(tl.bfloat16))
     amax = tl.load(row + 8 * tensors).to(tl.pointer_type(tl.int32))
-    step_size = tl.load(step_sizes + low)
-    root = tl.load(roots + low)
+    step_size = tl.load(step_sizes + place)
+    root = tl.load(roots + place)
     scale = 1.0
     if grad_scale is not None:
         scale = tl.load(grad_scale)
@@ -184,7 +172,7 @@ def launch(
         beta2,
         1 - beta2,
         eps,
-        BISECTIONS=4 * triton.cdiv(len(params).bit_length(), 4),  # few variants
+        BISECTIONS=bisections(len(params)),
         PARAM_BF16=params[0].dtype == torch.bfloat16,
         GRAD_BF16=grads[0].dtype == torch.bfloat16,
         STATE_BF16=exp_avgs[0].dtype == torch.bfloat16,
@@ -198,26 +186,13 @@ def launch(
     )
 
 
-def block_size(element_sizes: Iterable[int]) -> int:
-    """Elements of a program, from the bytes of an element of each tensor: one full access of the widest."""
-    return 32 * WARPS * _ACCESS // max(element_sizes)
-
-
 def _table(parts: tuple[list[Tensor], ...], block: int) -> tuple[Tensor, int]:
-    """The kernel's table on the device, and the number of all blocks. An empty tensor has none."""
-    params, device = parts[0], parts[0][0].device
-    sizes = [p.numel() for p in params]
-    first, blocks = [], 0
-    for size in sizes:
-        first.append(blocks)
-        blocks += -(-size // block)  # triton.cdiv is slow on the host
+    """The kernel's table on the device, and the number of all blocks."""
+    params = parts[0]
     addresses = [[t.data_ptr() for t in part] or [0] * len(params) for part in parts]
     widest = addresses[:-1]  # amaxes are scalars
-    aligned = [int(not any(a % _ACCESS for a in own)) for own in zip(*widest, strict=True)]
-    rows = torch.tensor([first, sizes, aligned, *addresses], dtype=torch.int64)
-    if device.type == "cuda":
-        rows = rows.pin_memory().to(device, non_blocking=True)
-    return rows, blocks
+    aligned = [int(not any(a % ACCESS for a in own)) for own in zip(*widest, strict=True)]
+    return build_table([p.numel() for p in params], [aligned, *addresses], block, params[0].device)
 
 
 def _restart(amaxes: list[Tensor], found_inf: Tensor | None) -> None:

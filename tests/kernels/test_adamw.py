@@ -188,7 +188,7 @@ def test_torchs_checks_of_the_operator():
 )
 def test_on_hopper_accesses_are_wide_and_registers_few(dtypes, accesses):
     pytest.importorskip("triton")
-    from kernels.triton.adamw import WARPS, block_size
+    from kernels.triton.tensor_table import WARPS, block_size
 
     wide = [4, 4, 4] if len(dtypes) < 3 else [2]
     signature = {"table": "*i64"}

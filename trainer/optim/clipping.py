@@ -3,25 +3,31 @@
 Clipping is a factor, min(1, max_norm / (norm + 1e-6)). An optimizer that takes it (`trainer.optim.one_pass`)
 multiplies where it reads the gradient anyway; for others each gradient is read and written once more.
 
-On a CPU squares are summed in fp64: an fp32 sum over a large tensor is off there in the fifth digit, by an
-amount that depends on how the tensor is sharded, and then no two layouts would clip alike. A GPU sums in a
-tree, to which fp32 is enough.
+The joint norm is the root of the sum of all gradients' squares. A rank takes the norms of its own parts in one
+pass (`kernels.norm`: fp32 on a GPU, fp64 on a CPU), adds their squares up, and one number a mesh axis travels.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import reduce
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
+from kernels.norm import tensor_norms
 from trainer.optim.one_pass import OnePass
+
+Axes: TypeAlias = tuple[int, ...]
+"""Axes of a mesh over which a tensor is split, by number."""
 
 
 @dataclass
@@ -32,7 +38,7 @@ class GradNorms:
     """
 
     parts: list[tuple[list[int], Tensor]] = field(default_factory=list)
-    """(places of gradients, their norms (P,)), a pair for each mesh; of this rank's shards alone."""
+    """(places of gradients, their norms (P,)), a pair for all that are alike; of this rank's parts alone."""
 
     def not_finite(self) -> list[int]:
         """Places, in the order of the parameters that have gradients, whose norm is not finite here."""
@@ -93,29 +99,55 @@ def clip_grad_norm(
     return norm
 
 
+@torch.no_grad()
 def total_norm(
     tensors: Iterable[Tensor], stages: dist.ProcessGroup | None = None, single: GradNorms | None = None
 ) -> Tensor:
     """L2 norm of all tensors together, and of those of other `stages`; meshes of sharded ones may differ."""
-    groups: dict[tuple[DeviceMesh | None, torch.dtype], list[tuple[int, Tensor]]] = defaultdict(list)
+    groups: dict[tuple[DeviceMesh | None, Axes, torch.dtype], list[tuple[int, Tensor]]] = defaultdict(list)
     for place, tensor in enumerate(tensors):
-        mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
-        groups[mesh, tensor.dtype].append((place, tensor))
-    norms = []
-    for members in groups.values():
-        group = [tensor for _, tensor in members]
-        each = torch._foreach_norm(
-            group, 2.0, torch.float64 if group[0].device.type == "cpu" else torch.float32
-        )
-        stacked = torch.stack(each)
+        mesh, axes, local = _own_part(tensor)
+        groups[mesh, axes, tensor.dtype].append((place, local))
+    squares: dict[DeviceMesh | None, list[tuple[Axes, Tensor]]] = defaultdict(list)
+    for (mesh, axes, _), members in groups.items():
+        norms = tensor_norms([local for _, local in members])
         if single is not None:
-            local = stacked.to_local() if isinstance(stacked, DTensor) else stacked
-            single.parts.append(([place for place, _ in members], local))
-        together = torch.linalg.vector_norm(stacked)
-        norms.append(together.full_tensor() if isinstance(together, DTensor) else together)
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+            single.parts.append(([place for place, _ in members], norms))
+        squares[mesh].append((axes, norms.square().sum()))
+    joint = reduce(torch.add, [_sum_over(mesh, parts) for mesh, parts in squares.items()])
     if stages is not None:
-        squares = norm.square()
-        dist.all_reduce(squares, group=stages)
-        norm = squares.sqrt()
-    return norm.float()
+        dist.all_reduce(joint, group=stages)
+    return joint.sqrt().float()
+
+
+def _own_part(tensor: Tensor) -> tuple[DeviceMesh | None, Axes, Tensor]:
+    """The mesh of a tensor, the axes over which it is split, and what this rank holds of it."""
+    if not isinstance(tensor, DTensor):
+        return None, (), tensor
+    mesh = tensor.device_mesh
+    if any(placement.is_partial() for placement in tensor.placements):  # the squares of a sum
+        whole = [Replicate() if placement.is_partial() else placement for placement in tensor.placements]
+        tensor = tensor.redistribute(mesh, whole)
+    split = [not placement.is_replicate() for placement in tensor.placements]
+    return mesh, tuple(i for i in range(mesh.ndim) if split[i] and mesh.size(i) > 1), tensor.to_local()
+
+
+def _sum_over(mesh: DeviceMesh | None, parts: list[tuple[Axes, Tensor]]) -> Tensor:
+    """The sum of squares over all ranks of a mesh, of sums over the parts that each rank holds.
+
+    Args:
+        mesh: None for tensors that are not sharded.
+        parts: (axes over which tensors are split, sum of squares of this rank's parts of them). What ranks of
+            another axis hold too counts for a part of its sum, so that one sum travels for all.
+    """
+    if mesh is None:
+        return reduce(torch.add, [square for _, square in parts])
+    travelled = sorted({axis for axes, _ in parts for axis in axes})
+    copies = [math.prod(mesh.size(axis) for axis in travelled if axis not in axes) for axes, _ in parts]
+    joint = reduce(
+        torch.add,
+        [s if count == 1 else s / count for (_, s), count in zip(parts, copies, strict=True)],
+    )
+    for axis in travelled:
+        dist.all_reduce(joint, group=mesh.get_group(axis))
+    return joint
