@@ -1,7 +1,7 @@
 """The Triton form of `kernels.adamw`: one launch for any number of tensors.
 
-The table (`kernels.triton.tensor_table`) holds, for each tensor, the addresses of its parts beside its size and
-the number of its first block.
+The table (`kernels.triton.tensor_table`) holds, for each tensor, the addresses of its parts beside its size
+and the number of its first block.
 
 A full block of a tensor whose parts all lie on 16-byte boundaries moves 16 bytes a thread and access; where
 only some of the parts are bf16, their 8 bytes go with the others' 16. What is left over, the end of a tensor

@@ -4,12 +4,12 @@ The first gives each block of each tensor (`kernels.triton.tensor_table`) its su
 the sums of a tensor's blocks and takes the root. Every addition has its place: no atomics, the same bits each
 time.
 
-A thread of a full block has ACCESSES loads of 16 bytes, of which about half begin before the first is needed;
-with 32 registers a thread, eight programs share a multiprocessor and 128 KiB of it are on their way at a time,
-enough to keep the memory busy also while some programs look up their tensor. Blocks are laid from the 16-byte
-boundary at or before the tensor's first element, so that one that begins elsewhere costs no more; what is not
-its own is left out in the first block and the last, which go element by element, one access of a thread after
-the other: few registers.
+A thread of a full block has ACCESSES loads of 16 bytes, of which about half begin before the first is needed.
+It has so few registers that six to eight programs share a multiprocessor: about 100 KiB of it are on their
+way at a time, enough to keep the memory busy also while some programs look up their tensor. Blocks are laid
+from the 16-byte boundary at or before the tensor's first element, so that one that begins elsewhere costs no
+more; what is not its own is left out in the first block and the last, which go element by element, one access
+of a thread after the other, to keep registers few.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A table of tensors, by which one launch serves any number of them: `adamw` and `norm` use it.
 
 A launch for each tensor would cost the host tens of microseconds a tensor, which for the shards of many GPUs
-is longer than the work itself, and small tensors would leave the chip idle. So each tensor is cut into blocks,
-the blocks of all tensors are counted in one row, and a program is told its block's number. The table, int64
-with a column for each tensor, says whose it is:
+is longer than the work itself, and small tensors would leave the chip idle. So each tensor is cut into
+blocks, the blocks of all tensors are counted in one row, and a program is told its block's number. The table,
+int64 with a column for each tensor, says whose it is:
 
     row 0   number of the tensor's first block
     row 1   where the tensor ends, in elements: its size, for those that begin at 0
@@ -47,7 +47,7 @@ def bisections(tensors: int) -> int:
 
 
 def block_size(element_sizes: Iterable[int]) -> int:
-    """Elements that a program moves in one full access, from the bytes of an element of each of its tensors."""
+    """Elements that a program moves in one full access; from the bytes of an element of each of its parts."""
     return 32 * WARPS * ACCESS // max(element_sizes)
 
 

@@ -125,7 +125,8 @@ def test_a_step_takes_no_memory_and_waits_for_nothing():
     optimizer = OnePassAdamW(params, **SETTINGS)
     give_gradients(params, 0)
     bad = torch.zeros((), device="cuda")
-    gated_step(optimizer, bad)  # makes the moments, compiles the kernel
+    _, factor = clip_for(optimizer, params, 1.0)
+    gated_step(optimizer, bad, factor)  # makes the moments, compiles the kernels
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

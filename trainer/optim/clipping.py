@@ -3,8 +3,8 @@
 Clipping is a factor, min(1, max_norm / (norm + 1e-6)). An optimizer that takes it (`trainer.optim.one_pass`)
 multiplies where it reads the gradient anyway; for others each gradient is read and written once more.
 
-The joint norm is the root of the sum of all gradients' squares. A rank takes the norms of its own parts in one
-pass (`kernels.norm`: fp32 on a GPU, fp64 on a CPU), adds their squares up, and one number a mesh axis travels.
+The joint norm is the root of the sum of all gradients' squares. A rank takes the norms of its own parts in
+one pass (`kernels.norm`: fp32 on a GPU, fp64 on a CPU) and adds up their squares; one number travels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
 
 from kernels.norm import tensor_norms
@@ -148,6 +148,7 @@ def _sum_over(mesh: DeviceMesh | None, parts: list[tuple[Axes, Tensor]]) -> Tens
         torch.add,
         [s if count == 1 else s / count for (_, s), count in zip(parts, copies, strict=True)],
     )
-    for axis in travelled:
-        dist.all_reduce(joint, group=mesh.get_group(axis))
-    return joint
+    if not travelled:
+        return joint
+    placements = [Partial() if axis in travelled else Replicate() for axis in range(mesh.ndim)]
+    return DTensor.from_local(joint, mesh, placements, run_check=False).full_tensor()
