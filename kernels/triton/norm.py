@@ -52,10 +52,12 @@ def squares_kernel(
         total = tl.sum(x * x, axis=0)
     else:
         squares = tl.zeros((SPAN,), tl.float32)
-        for at in range(start, tl.minimum(start + BLOCK, end), SPAN):
-            offsets = at + tl.arange(0, SPAN)
+        limit = tl.minimum(start + BLOCK, end)
+        while start < limit:  # not a range: Triton 3.6's interpreter has none between numbers that are loaded
+            offsets = start + tl.arange(0, SPAN)
             x = tl.load(data + offsets, mask=(offsets >= skipped) & (offsets < end), other=0.0)
             squares += x.to(tl.float32) * x.to(tl.float32)
+            start += SPAN
         total = tl.sum(squares, axis=0)
     tl.store(sums + block, total)
 
@@ -75,9 +77,10 @@ def roots_kernel(
     following = tl.load(table + tl.minimum(tensor + 1, tensors - 1))
     end = tl.where(tensor + 1 < tensors, following, blocks)
     added = tl.zeros((BLOCK,), tl.float32)
-    for at in range(first, end, BLOCK):
-        offsets = at + tl.arange(0, BLOCK)
+    while first < end:
+        offsets = first + tl.arange(0, BLOCK)
         added += tl.load(sums + offsets, mask=offsets < end, other=0.0)
+        first += BLOCK
     tl.store(norms + tensor, tl.sqrt_rn(tl.sum(added, axis=0)))
 
 
