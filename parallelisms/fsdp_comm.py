@@ -32,8 +32,11 @@ sums come out if bf16 travels and fp32 is added::
     input (N, n) bf16  --all-to-all-->  received (N, n) bf16  --sum over N in fp32-->  output (n,) fp32
 
 (N - 1)/N * 2 bytes a parameter on the wire rather than 4; the copy into the buffer moves 4 rather than 6;
-reading what was received and writing the sum moves 2 + 4/N. Each sum is taken in the order of ranks, so
-it is deterministic; over two ranks it equals torch's bit for bit. What is received lives as long as the
+reading what was received and writing the sum moves 2 + 4/N. `kernels.sum_chunks` takes the sum in one pass,
+beside the next unit's GEMMs, on a quarter of the GPU: for two ranks of an H200 and 109 M elements each,
+torch's reduction took 0.54 ms (18.3 ms a step of 34), the bytes need 0.20, predicted are 0.25 to 0.30. It is
+taken in the order of ranks, so it is deterministic; over two ranks it equals torch's bit for bit. (On a CPU
+torch takes it, from some tens of ranks on in another fixed order.) What is received lives as long as the
 input (FSDP2 frees that once the compute stream has waited for the collective and the sum): both
 together are as large as an fp32 input. It needs each backward's gradients to be reduced at once: a pipeline
 would add them up unreduced, in bf16.
@@ -54,6 +57,8 @@ from torch.distributed.fsdp import FSDPModule
 
 # `FSDPModule.set_custom_reduce_scatter` is public, what it takes has no public home yet (torch 2.13).
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
+
+from kernels.sum_chunks import sum_chunks
 
 
 class _Input(NamedTuple):
@@ -130,7 +135,7 @@ class GradientReduceScatter(DefaultReduceScatter):
         # The input's owner frees both when the compute stream has waited for what follows.
         input_tensor.received = received  # type: ignore[attr-defined]
         dist.all_to_all_single(received, input_tensor, group=group)
-        torch.sum(received.view(self._shards, -1), dim=0, dtype=torch.float32, out=output_tensor)
+        sum_chunks(received.view(self._shards, -1), output_tensor)
         return None
 
     def _output(self, former: _Input, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
