@@ -3,20 +3,21 @@
 **What it costs the GEMMs.** Memory sets the time of this sum, and GEMMs leave most of memory's bandwidth
 unused. But a GEMM's program fills the registers of its multiprocessor, so none of this runs beside it there:
 while one runs the other waits. FSDP2's reduce stream has a high priority, so programs that wait are placed
-before a GEMM's next ones. With a program a block they would take every multiprocessor that becomes free, up to
-all 132 of a Hopper GPU; but memory is busy long before: it feeds about 20 that read 64 bytes a cycle each. So
-there are at most `PROGRAMS`, which fill a quarter of the chip, and each walks over every `PROGRAMS`-th block:
-somewhat longer, on a quarter of the multiprocessors. (A GEMM that deals out all its tiles when it starts, and
-finds that quarter taken, ends as much later as this takes; with a program a block it would begin later.)
+before a GEMM's next ones. With a program a block they would take every multiprocessor that becomes free, up
+to all 132 of a Hopper GPU; but memory is busy long before: it feeds about 20 that read 64 bytes a cycle each.
+So there are at most `PROGRAMS`, which fill a quarter of the chip, and each walks over every `PROGRAMS`-th
+block: somewhat longer, on a quarter of the multiprocessors. (A GEMM that deals out all its tiles when it
+starts, and finds that quarter taken, ends as much later as this takes; with a program a block it would begin
+later.)
 
-**What keeps memory busy with so few** are the bytes on their way. An H200 reads half of its 4.27 TB/s here: at
-a latency of 0.8 us, 1.7 MB. A thread has 2 N loads of 16 bytes on their way, or 2 `LOADS` where N is more: 2 KiB
-a warp where N is 2, and 2.1 MB in all `PROGRAMS`.
+**What keeps memory busy with so few** are the bytes on their way. An H200 reads half of its 4.27 TB/s here:
+at a latency of 0.8 us, 1.7 MB. A thread has 2 N loads of 16 bytes on their way, or 2 `LOADS` where N is more:
+2 KiB a warp where N is 2, and 2.1 MB in all `PROGRAMS`.
 
-**A program is one warp.** A thread that loads 16 bytes has 8 numbers. Their fp32 sums are 32 bytes, and a warp
-stores whole lines only where a thread stores 16 bytes next to its neighbour's 16: sums change hands. Within a
-warp that takes shuffles; within more, shared memory and barriers, at which a program's loads run dry. Single
-warps also find room where less than a whole multiprocessor becomes free.
+**A program is one warp.** A thread that loads 16 bytes has 8 numbers. Their fp32 sums are 32 bytes, and a
+warp stores whole lines only where a thread stores 16 bytes next to its neighbour's 16: sums change hands.
+Within a warp that takes shuffles; within more, shared memory and barriers, at which a program's loads run
+dry. Single warps also find room where less than a whole multiprocessor becomes free.
 
 **Caches.** All is read once, or written long before it is read: marked to be evicted first, it leaves the L2
 cache to the GEMMs.
