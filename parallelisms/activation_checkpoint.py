@@ -49,8 +49,8 @@ def apply_activation_checkpoint(
 ) -> str:
     """Wrap the blocks that `config` asks for; returns what was done, for the start-up log.
 
-    `more_saved_ops` are a converter's own: an amax that must not be computed twice, for example. A matmul among
-    them is counted with the others.
+    `more_saved_ops` are a converter's own: an amax that must not be computed twice, for example. A matmul
+    among them is counted with the others.
     """
     named = list(blocks_of(model, blocks))
     if config.mode == "none":
@@ -113,7 +113,7 @@ def _always_recompute(context: Any, op: Any, *args: Any, **kwargs: Any) -> Check
 
 
 def _shapes(named: Iterable[tuple[str, nn.Module]], fqns: Iterable[str]) -> set[tuple[int, int]]:
-    """This rank's (K, N) of the linears whose FQN holds one of `fqns`: their matmuls are always recomputed."""
+    """This rank's (K, N) of linears whose FQN holds one of `fqns`: their matmuls are always recomputed."""
     wanted = tuple(fqns)
     found = set()
     for block_fqn, block in named:

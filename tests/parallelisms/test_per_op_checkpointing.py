@@ -100,7 +100,7 @@ def values(block, x, y):
 
 @cache
 def eager(recipe, mode, skip):
-    """(products computed, tensors kept by the policy, values) of a second step: the first left nothing behind."""
+    """(products computed, tensors kept by the policy, values) of a second step, like the first."""
     block = wrapped_block(recipe, mode, skip)
     for _ in range(2):
         block.zero_grad()

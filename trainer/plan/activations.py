@@ -25,9 +25,9 @@ What of these is kept:
   them for each linear that reads them; and silu's output besides (which the fused kernel does not have).
 - ``full``: x.
 - ``selective`` with n: every n-th block as ``full``, the others as ``none``.
-- ``selective`` with ``op``: x, o, and the results of every second matmul, plain or float8. Where `saved_input`
-  has float8 also the casts, and compiled those of weights: turned for backward, and as forward reads them
-  too where a matmul that is computed again reads them (in eager mode both always).
+- ``selective`` with ``op``: x, o, and the results of every second matmul, plain or float8. Where
+  `saved_input` has float8 also the casts, and compiled those of weights: turned for backward, and as forward
+  reads them too where a matmul that is computed again reads them (in eager mode both always).
   What the last matmul gives enters only a sum, so the compiler drops it where eager mode keeps it.
 - ``memory_budget`` b: x + b (none - x).
 

@@ -103,7 +103,7 @@ class BlockShape:
         return tuple(linear for part in self.parts for linear in (*part.columnwise, *part.rowwise))
 
     def recomputed_per_op(self) -> frozenset[str]:
-        """Names of the linears that ``selective`` with ``op`` multiplies again: every second, and those named."""
+        """Linears whose product ``selective`` with ``op`` makes again: every second, and those named."""
         counted = [linear.name for linear in self.linears if not linear.recomputed]
         return frozenset(counted[1::2]).union(linear.name for linear in self.linears if linear.recomputed)
 
