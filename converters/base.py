@@ -150,7 +150,10 @@ class Converter:
         return None
 
     def ops_to_save(self) -> tuple[Any, ...]:
-        """Ops (`torch.ops.aten...default`) whose outputs per-op selective checkpointing should save."""
+        """Ops (`torch.ops.aten...default`) whose outputs per-op selective checkpointing should save.
+
+        Of matmuls it saves every second one, whether they are among these or not.
+        """
         return ()
 
     def optimizer_built(self, model: nn.Module, optimizer: Optimizer) -> None:

@@ -6,7 +6,7 @@ Modes (Chen et al. 2016, arXiv 1604.06174; selective: Korthikanti et al. 2022, a
 - ``full``: keep each block's input only;
 - ``selective`` with an integer n: ``full`` on every n-th block;
 - ``selective`` with ``op``: in every block keep the results of the costly ops (`SAVED_OPS`) and, of matmuls,
-  every second one; recompute the rest;
+  every second one in the order of forward, whatever their dtypes are; recompute the rest;
 - ``memory_budget``: the compiler's partitioner solves for the given share of activation memory.
 
 A block's `forward` is wrapped in place, so its FQNs stay what they are.
@@ -19,15 +19,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from parallelisms.blocks import blocks_of
 from parallelisms.config import ActivationCheckpointConfig
+from parallelisms.dtensor import local_part
 from parallelisms.ring_attention import RING_ATTENTION
 
 _aten = torch.ops.aten
-_MATMULS = {_aten.mm.default, _aten.linear.default}
+_MATMULS = {_aten.mm.default, _aten.linear.default, _aten._scaled_mm.default}
+_SCALED_MM_ALIGNMENT = 16
+"""`torch._scaled_mm` takes sizes divisible by this; others are padded."""
+
 SAVED_OPS = {
     *_MATMULS,
     _aten._scaled_dot_product_cudnn_attention.default,
@@ -45,7 +49,8 @@ def apply_activation_checkpoint(
 ) -> str:
     """Wrap the blocks that `config` asks for; returns what was done, for the start-up log.
 
-    `more_saved_ops` are a converter's own: a float8 GEMM, or an amax that must not be computed twice.
+    `more_saved_ops` are a converter's own: an amax that must not be computed twice, for example. A matmul
+    among them is counted with the others.
     """
     named = list(blocks_of(model, blocks))
     if config.mode == "none":
@@ -108,14 +113,27 @@ def _always_recompute(context: Any, op: Any, *args: Any, **kwargs: Any) -> Check
 
 
 def _shapes(named: Iterable[tuple[str, nn.Module]], fqns: Iterable[str]) -> set[tuple[int, int]]:
-    """(K, N) of the linears whose FQN holds one of `fqns`: their matmuls are always recomputed."""
+    """This rank's (K, N) of linears whose FQN holds one of `fqns`: their matmuls are always recomputed."""
     wanted = tuple(fqns)
-    return {
-        (linear.in_features, linear.out_features)
-        for block_fqn, block in named
-        for name, linear in block.named_modules()
-        if isinstance(linear, nn.Linear) and any(part in f"{block_fqn}.{name}" for part in wanted)
-    }
+    found = set()
+    for block_fqn, block in named:
+        for name, linear in block.named_modules():
+            if isinstance(linear, nn.Linear) and any(part in f"{block_fqn}.{name}" for part in wanted):
+                n, k = local_part(linear.weight).shape
+                found.add((k, n))
+    return found
+
+
+def _is_recomputed_shape(op: Any, weight: Tensor, shapes: set[tuple[int, int]]) -> bool:
+    """Whether a matmul's second operand (K, N) is of one of `shapes`."""
+    found = tuple(local_part(weight).shape)
+    if op is not _aten._scaled_mm.default:
+        return found in shapes
+    return found in {(_padded(k), _padded(n)) for k, n in shapes}
+
+
+def _padded(size: int) -> int:
+    return size + -size % _SCALED_MM_ALIGNMENT
 
 
 def _selective_context(recomputed_shapes: set[tuple[int, int]], saved_ops: set[Any]) -> Any:
@@ -124,7 +142,7 @@ def _selective_context(recomputed_shapes: set[tuple[int, int]], saved_ops: set[A
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op in _MATMULS:
-            if tuple(args[1].shape) in recomputed_shapes:
+            if _is_recomputed_shape(op, args[1], recomputed_shapes):
                 return CheckpointPolicy.PREFER_RECOMPUTE
             phase = "recompute" if context.is_recompute else "forward"
             seen[phase] += 1

@@ -96,7 +96,8 @@ class ActivationCheckpointConfig:
     """Nothing, every block, chosen blocks or ops, or what a memory budget asks for; `auto` takes the least
     that fits the device's memory by `octavo plan`."""
     selective_ac_option: str = "2"
-    """For `selective`: an integer n recomputes every n-th block, `op` keeps the costly ops of every block."""
+    """For `selective`: an integer n recomputes every n-th block, `op` keeps the costly ops of every block,
+    and every second of its matmuls, float8 ones included."""
     per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = field(
         default_factory=lambda: ["moe.router.gate"]
     )

@@ -30,11 +30,13 @@ OPS_TO_SAVE = (
     torch.ops.aten.amax.default,
     torch.ops.octavo.amax.default,
 )
-"""Ops whose outputs per-op selective checkpoints should save: the GEMM is dear, an amax small and slow.
+"""Ops whose outputs per-op selective checkpoints should save: the GEMM is dear (though of a block's matmuls
+only every second one is kept: `parallelisms.activation_checkpoint`), an amax small and slow.
 
 A cast is neither: 4 bytes an element moved, against 1 kept for as long as an activation. `CASTS_TO_SAVE` are
 for those who ask for it with ``saved_input = "float8"``: then backward finds X8ᵀ and computes neither X nor
-its casts again (compiled; in eager mode a saved op keeps all its outputs, so X8 too).
+its casts again (compiled, unless that linear's GEMM is computed again, which reads X8; in eager mode a saved
+op keeps all its outputs, so X8 too).
 """
 
 CASTS_TO_SAVE = (

@@ -25,8 +25,9 @@ What of these is kept:
   them for each linear that reads them; and silu's output besides (which the fused kernel does not have).
 - ``full``: x.
 - ``selective`` with n: every n-th block as ``full``, the others as ``none``.
-- ``selective`` with ``op``: x, o, and the results of matmuls: of plain ones every second, of float8 ones all;
-  where `saved_input` has float8 also the casts (in eager mode both layouts), and compiled those of weights.
+- ``selective`` with ``op``: x, o, and the results of every second matmul, plain or float8. Where
+  `saved_input` has float8 also the casts, and compiled those of weights: turned for backward, and as forward
+  reads them too where a matmul that is computed again reads them (in eager mode both always).
   What the last matmul gives enters only a sum, so the compiler drops it where eager mode keeps it.
 - ``memory_budget`` b: x + b (none - x).
 
@@ -171,30 +172,31 @@ class BlockMemory:
 
     def _per_op(self) -> int:
         total = self._stream() + self._log_sum_exp()
-        linears = [linear for part in self.shape.parts for linear in (*part.columnwise, *part.rowwise)]
         for part in self.shape.parts:
             if part.is_attention:
                 total += self._bytes(sum(linear.k for linear in part.rowwise))
-        plain = 0
-        for linear in linears:
-            if not linear.float8 and not linear.recomputed:
-                plain += 1
-            kept = linear.float8 or (not linear.recomputed and plain % 2 == 1)
-            if linear is linears[-1] and self.compiled:
-                continue
-            total += self._result(linear, kept)
-        return total + self._casts_as_results()
+        again, linears = self.shape.recomputed_per_op(), self.shape.linears
+        for linear in linears[:-1] if self.compiled else linears:
+            total += self._result(linear, linear.name not in again)
+        return total + self._casts_as_results(again)
 
-    def _casts_as_results(self) -> int:
+    def _casts_as_results(self, again: frozenset[str]) -> int:
+        """Kept casts; `again` names the linears whose product backward computes again."""
         if not self.casts_are_results:
             return 0
         total = 0
         for part in self.shape.parts:
             came_in_float8 = self.tp > 1 and all(linear.float8_gather for linear in part.columnwise)
-            total += self._casts(part.rowwise) + (0 if came_in_float8 else self._casts(part.columnwise))
-        # A cast makes X8 and its transpose; compiled backward reads the latter.
-        total *= 1 if self.compiled else 2
-        return total + (self.float8_weight_bytes if self.compiled else 0)
+            groups = [[linear] for linear in part.rowwise]
+            groups += [] if came_in_float8 else [list(part.columnwise)]
+            for linears in groups:
+                read_again = any(linear.float8 and linear.name in again for linear in linears)
+                total += self._casts(linears) * (2 if read_again or not self.compiled else 1)
+        if self.compiled and self.float8_weight_bytes:
+            total += self.float8_weight_bytes + sum(
+                linear.k * linear.n for linear in self.shape.linears if linear.float8 and linear.name in again
+            )
+        return total
 
     def _result(self, linear: LinearShape, kept: bool) -> int:
         size = self._bytes(linear.n) if kept else 0

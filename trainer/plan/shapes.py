@@ -97,6 +97,16 @@ class BlockShape:
     heads: int
     parts: tuple[Part, ...]
 
+    @property
+    def linears(self) -> tuple[LinearShape, ...]:
+        """All of them in the order in which they run."""
+        return tuple(linear for part in self.parts for linear in (*part.columnwise, *part.rowwise))
+
+    def recomputed_per_op(self) -> frozenset[str]:
+        """Linears whose product ``selective`` with ``op`` makes again: every second, and those named."""
+        counted = [linear.name for linear in self.linears if not linear.recomputed]
+        return frozenset(counted[1::2]).union(linear.name for linear in self.linears if linear.recomputed)
+
 
 @dataclass(frozen=True)
 class ModelShape:

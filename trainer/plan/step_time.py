@@ -101,13 +101,9 @@ def recompute_seconds(
         return whole
     if mode == "memory_budget":
         return (1 - recompute.budget) * whole
-    redone, plain = 0.0, 0
-    for part in model.sizes.parts:
-        for linear in (*part.columnwise, *part.rowwise):
-            plain += not linear.float8 and not linear.recomputed
-            if linear.recomputed or (not linear.float8 and plain % 2 == 0):
-                redone += _gemm(linear, layout, device)
-    return redone + pointwise
+    again = model.sizes.recomputed_per_op()
+    redone = (_gemm(linear, layout, device) for linear in model.sizes.linears if linear.name in again)
+    return sum(redone) + pointwise
 
 
 def _rate(linear: LinearShape, device: Device) -> float:
