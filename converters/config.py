@@ -59,7 +59,8 @@ class Float8SectionConfig:
     `auto` takes these on a GPU."""
     saved_input: SavedInput = "auto"
     """What backward keeps of a linear's input: the input, its float8 cast at 1 byte an element, or `least`:
-    no cast where compiled backward has or makes the input (wo, w2). `auto`: `float8` with Triton's casts."""
+    no cast where compiled backward has or makes the input (wo, w2). `auto`: with Triton's casts, `least` in
+    compiled blocks and `float8` elsewhere."""
     keep_float8_shards: bool = False
     """Keep float8 shards for all gathers of a step, 1 byte an element; needs the float8 all-gather."""
 

@@ -223,7 +223,7 @@ class Float8Converter(Converter):
         if self.section.saved_input != "least":
             return
         if not any(each.reason is None and self._role(each.fqn) == "rowwise" for each in decisions):
-            logger.warning(
+            logger.info(  # what `auto` may have chosen too
                 "quantize.linear.float8.saved_input = 'least' is as 'float8' here: no rowwise linear was "
                 "converted"
             )

@@ -144,6 +144,7 @@ def test_least_goes_by_the_role(
     model = nn.ModuleDict({**layers, "other": nn.Linear(32, 32)})
     context = replace(CPU, roles=roles, compile_model=compiled)
     converter = CONVERTERS["float8"].build(Float8SectionConfig(saved_input="least"), context)
+    caplog.set_level(logging.INFO)
     converter.convert(model)
     configs = {name: m.config for name, m in model.named_modules() if isinstance(m, Float8Linear)}
     assert len(configs) == 5

@@ -3,14 +3,14 @@
     setting                                   on a GPU with Triton             elsewhere
     training.loss_kernel                      fused                            torch
     quantize.linear.float8.cast_kernels       triton                           torch
-    quantize.linear.float8.saved_input        float8, where backward reads it  high_precision
+    quantize.linear.float8.saved_input        least in a compiled block, or    high_precision
+                                              float8, where backward reads it
     parallelism.fsdp_single_shard             direct, where it may be          copy
     parallelism.fsdp_reduce_scatter           compute_pool                     torch
 
-None changes results by more than the rounding of a sum. Together they were measured on one GPU
-(`docs/performance.md`); on several, `compute_pool` is there for its memory. A setting that is given stays as
-it is, and others give way to it. `activation_checkpoint.mode`, whose choice needs the device's memory, is
-resolved later by `trainer.plan.resolve`. Torch-free.
+None changes results by more than the rounding of a sum. They were measured together (`docs/performance.md`).
+A setting that is given stays as it is, and others give way to it. `activation_checkpoint.mode`, whose choice
+needs the device's memory, is resolved later by `trainer.plan.resolve`. Torch-free.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from trainer.config.derived import batch_arithmetic
+from trainer.config.derived import batch_arithmetic, model_config
 
 
 def with_device_defaults(config: Any, *, kernels: bool, world_size: int) -> Any:
@@ -33,7 +33,7 @@ def with_device_defaults(config: Any, *, kernels: bool, world_size: int) -> Any:
     if training.loss_kernel == "auto":
         asked = compiles.enable and compiles.components == ["loss"]  # for a compiled loss, and nothing else
         training = replace(training, loss_kernel="fused" if kernels and not asked else "torch")
-    linear = replace(config.quantize.linear, float8=_float8(config.quantize.linear.float8, kernels))
+    linear = replace(config.quantize.linear, float8=_float8(config, kernels))
     return replace(
         config,
         training=training,
@@ -42,15 +42,23 @@ def with_device_defaults(config: Any, *, kernels: bool, world_size: int) -> Any:
     )
 
 
-def _float8(section: Any, kernels: bool) -> Any:
+def _float8(config: Any, kernels: bool) -> Any:
+    section = config.quantize.linear.float8
     cast_kernels, saved_input = section.cast_kernels, section.saved_input
     if cast_kernels == "auto":
         wanted = kernels and not section.emulate
         cast_kernels = "triton" if wanted or saved_input in ("float8", "least") else "torch"
     if saved_input == "auto":
         reads = cast_kernels == "triton" and section.recipe_name != "rowwise_with_gw_hp"
-        saved_input = "float8" if reads else "high_precision"
+        remade = "least" if _compiler_remakes_products(config) else "float8"
+        saved_input = remade if reads else "high_precision"
     return replace(section, cast_kernels=cast_kernels, saved_input=saved_input)
+
+
+def _compiler_remakes_products(config: Any) -> bool:
+    """Whether a block's backward can compute the product that w2 reads from what w1 and w3 gave."""
+    blocks_compiled = config.compile.enable and "model" in config.compile.components
+    return blocks_compiled and getattr(model_config(config), "swiglu_kernel", "torch") != "fused"
 
 
 def _parallelism(config: Any, kernels: bool, world_size: int) -> Any:
