@@ -1,11 +1,12 @@
 """What ``auto`` stands for in settings of speed and memory, on the device of a run.
 
-    setting                                   on a GPU with Triton             elsewhere
-    training.loss_kernel                      fused                            torch
-    quantize.linear.float8.cast_kernels       triton                           torch
-    quantize.linear.float8.saved_input        float8, where backward reads it  high_precision
-    parallelism.fsdp_single_shard             direct, where it may be          copy
-    parallelism.fsdp_reduce_scatter           compute_pool                     torch
+    setting                                    on a GPU with Triton             elsewhere
+    training.loss_kernel                       fused                            torch
+    quantize.linear.float8.cast_kernels        triton                           torch
+    quantize.linear.float8.saved_input         float8, where backward reads it  high_precision
+    quantize.linear.float8.keep_float8_shards  true, where it saves casts       false
+    parallelism.fsdp_single_shard              direct, where it may be          copy
+    parallelism.fsdp_reduce_scatter            compute_pool                     torch
 
 None changes results by more than the rounding of a sum. Together they were measured on one GPU
 (`docs/performance.md`); on several, `compute_pool` is there for its memory. A setting that is given stays as
@@ -18,7 +19,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from trainer.config.derived import batch_arithmetic
+from trainer.config.derived import batch_arithmetic, dp_shard_degree
 
 
 def with_device_defaults(config: Any, *, kernels: bool, world_size: int) -> Any:
@@ -33,11 +34,16 @@ def with_device_defaults(config: Any, *, kernels: bool, world_size: int) -> Any:
     if training.loss_kernel == "auto":
         asked = compiles.enable and compiles.components == ["loss"]  # for a compiled loss, and nothing else
         training = replace(training, loss_kernel="fused" if kernels and not asked else "torch")
-    linear = replace(config.quantize.linear, float8=_float8(config.quantize.linear.float8, kernels))
+    parallelism = _parallelism(config, kernels, world_size)
+    float8 = _float8(config.quantize.linear.float8, kernels)
+    if float8.keep_float8_shards == "auto":
+        keeps = kernels and _gathers_float8_again(config, parallelism, world_size)
+        float8 = replace(float8, keep_float8_shards=keeps)
+    linear = replace(config.quantize.linear, float8=float8)
     return replace(
         config,
         training=training,
-        parallelism=_parallelism(config, kernels, world_size),
+        parallelism=parallelism,
         quantize=replace(config.quantize, linear=linear),
     )
 
@@ -51,6 +57,19 @@ def _float8(section: Any, kernels: bool) -> Any:
         reads = cast_kernels == "triton" and section.recipe_name != "rowwise_with_gw_hp"
         saved_input = "float8" if reads else "high_precision"
     return replace(section, cast_kernels=cast_kernels, saved_input=saved_input)
+
+
+def _gathers_float8_again(config: Any, parallelism: Any, world_size: int) -> bool:
+    """Whether a weight that is cast for the float8 all-gather is gathered more than once a step."""
+    if not config.quantize.linear.float8.enable_fsdp_float8_all_gather or config.training.enable_cpu_offload:
+        return False
+    shards = dp_shard_degree(config, world_size) * parallelism.context_parallel_degree
+    if shards == 1:
+        return False
+    # A pipeline that does not free weights gathers once for all its micro-batches.
+    accumulates = batch_arithmetic(config, world_size).gradient_accumulation_steps > 1
+    again = accumulates and parallelism.pipeline_parallel_degree == 1
+    return again or parallelism.reshards_after_forward(shards)
 
 
 def _parallelism(config: Any, kernels: bool, world_size: int) -> Any:
@@ -67,7 +86,7 @@ def _parallelism(config: Any, kernels: bool, world_size: int) -> Any:
             and config.optimizer.implementation == "one_pass"
             and section.fsdp_reshard_after_forward != "always"
             and reduce_scatter == "auto"
-            and not float8.keep_float8_shards
+            and float8.keep_float8_shards is not True
         )
         single = "direct" if alone else "copy"
     if reduce_scatter == "auto":
