@@ -98,6 +98,7 @@ def test_saved_float8_brings_its_casts(saved):
 
 
 GATHER = f"{FLOAT8}.enable_fsdp_float8_all_gather"
+KEEP = f"{FLOAT8}.keep_float8_shards"
 STAYS = "--parallelism.fsdp_reshard_after_forward=never"
 ACCUMULATES = "--training.global_batch_size=64"
 
@@ -116,12 +117,14 @@ ACCUMULATES = "--training.global_batch_size=64"
         ([GATHER, "--parallelism.tensor_parallel_degree=4"], False),
         ([GATHER, "--parallelism.pipeline_parallel_degree=2", ACCUMULATES], False),
         ([GATHER, f"{FLOAT8}.no_keep_float8_shards"], False),
-        ([GATHER, STAYS, f"{FLOAT8}.keep_float8_shards"], True),
-        ([GATHER, f"{FLOAT8}.keep_float8_shards=auto"], True),
+        ([GATHER, STAYS, KEEP], True),
+        ([GATHER, f"{KEEP}=auto"], True),
     ],
 )
 def test_float8_shards_are_kept_where_a_weight_is_gathered_again(flags, kept):
     assert chosen([CONVERT, *flags], world_size=4)["kept"] is kept
-    assert chosen([CONVERT, *flags], world_size=4, kernels=False)["kept"] is (
-        kept and "shards" in flags[-1] and "auto" not in flags[-1]
-    )
+
+
+def test_shards_are_kept_without_kernels_where_asked():
+    found = [chosen([CONVERT, GATHER, *flags], kernels=False, world_size=4)["kept"] for flags in ([], [KEEP])]
+    assert found == [False, True]
