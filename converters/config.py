@@ -61,8 +61,8 @@ class Float8SectionConfig:
     """What backward keeps of a linear's input: the input, its float8 cast at 1 byte an element, or `least`:
     no cast where compiled backward has or makes the input (wo, w2). `auto`: `float8` with Triton's casts."""
     keep_float8_shards: bool | Literal["auto"] = "auto"
-    """Cast a shard once a step for all its float8 all-gathers, and keep it: 1 byte an element. `auto`: on GPUs
-    that gather a weight more than once a step, without CPU offload."""
+    """Cast a shard once a step for all its float8 all-gathers, and keep it: 1 byte an element. `auto`: on
+    GPUs that gather a weight more than once a step, without CPU offload."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Settings that cannot work together, as (key, message)."""
