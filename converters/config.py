@@ -61,8 +61,9 @@ class Float8SectionConfig:
     """What backward keeps of a linear's input: the input, its float8 cast at 1 byte an element, or `least`:
     no cast where compiled backward has or makes the input (wo, w2). `auto`: with Triton's casts, `least` in
     compiled blocks and `float8` elsewhere."""
-    keep_float8_shards: bool = False
-    """Keep float8 shards for all gathers of a step, 1 byte an element; needs the float8 all-gather."""
+    keep_float8_shards: bool | Literal["auto"] = "auto"
+    """Cast a shard once a step for all its float8 all-gathers, and keep it: 1 byte an element. `auto`: on
+    GPUs that gather a weight more than once a step, without CPU offload."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Settings that cannot work together, as (key, message)."""
@@ -111,7 +112,7 @@ class Float8SectionConfig:
                 f"{self.saved_input!r} has no effect with recipe_name = 'rowwise_with_gw_hp', whose backward "
                 "reads the input in high precision",
             )
-        if self.keep_float8_shards and not self.enable_fsdp_float8_all_gather:
+        if self.keep_float8_shards is True and not self.enable_fsdp_float8_all_gather:
             yield "keep_float8_shards", "has no effect without enable_fsdp_float8_all_gather = true"
 
     def _scaling_problems(self, tensor: str, rowwise: bool) -> Iterator[tuple[str, str]]:

@@ -76,7 +76,7 @@ def linear_config(section: Float8SectionConfig) -> Float8LinearConfig:
         delayed_scaling_config=DelayedScalingConfig(history_len=section.delayed_history_len),
         cast_kernels=section.cast_kernels,
         saved_input="float8" if section.saved_input == "least" else section.saved_input,
-        keep_float8_shards=section.keep_float8_shards,
+        keep_float8_shards=section.keep_float8_shards is True,
     )
 
 

@@ -8,6 +8,12 @@ the same amax. W8 serves both GEMMs that read the weight, hence tensorwise scale
 tensor parallelism has split before takes the maximum over that group too: its scale stays that of the
 whole weight, and each rank gathers its part of it.
 
+What travels is a view of the float8 bytes in another dtype. FSDP2 copies all inputs of a unit into one
+buffer, by elements of their dtype, or by bytes where dtypes differ, and its copy moves four elements an
+access: 4 bytes, half the chip's speed or less. A unit's norms travel in the compute dtype; so where that is
+bf16, weights go as bf16 too, two elements in one, and the buffer is one of bf16. Where they cannot (fp32
+norms, unevenly sharded weights), they go as bytes.
+
 FSDP2 finds `fsdp_pre_all_gather` and `fsdp_post_all_gather` on the local tensor of a sharded
 parameter; so the parameter is a `FSDPFloat8Shard`, a wrapper that behaves as the plain tensor in it.
 What is gathered is a `GatheredFloat8`, which `Float8Linear` reads through `gathered_float8`.
@@ -20,6 +26,7 @@ backward and all micro-batches of a step gather what was cast once.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -59,6 +66,11 @@ _KEEP_SHARD = {
     aten._to_copy.default,
     aten._pin_memory.default,
 }
+
+
+_PASSES_AS_BF16 = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""Formats that torch's copies of bf16 leave alone. On a GPU these go through fp32, which keeps every bf16 but
+a NaN's bits; its upper byte is 0x7f or 0xff, a NaN in these formats too. To AMD's formats it is a number."""
 
 
 class _Wrapper(torch.Tensor):
@@ -155,15 +167,25 @@ class FSDPFloat8Shard(_Wrapper):
             dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
         return scale_from_amax(amax, settings.dtype, settings.power_of_2)
 
-    def float8(self, mesh: DeviceMesh | None) -> tuple[Tensor, Tensor]:
-        """The shard in float8 and its scale: those that were kept, or new ones."""
+    def float8(self, mesh: DeviceMesh | None, rows: int | None = None) -> tuple[Tensor, Tensor]:
+        """The shard in float8 and its scale: those that were kept, or new ones.
+
+        Args:
+            mesh: Its last axis holds the other shards.
+            rows: As many as other ranks have, at least the shard's own; zeros follow these.
+        """
         settings, kept = self._settings, self._kept
         if kept is not None and kept.scale is self._scale and kept.version == self._tensor._version:
             return kept.data, kept.scale
         if kept is not None and kept.version != self._tensor._version and kept.scale is self._scale:
             self._scale = None  # written past the wrapper: the scale is as stale as the cast
+        self._kept = kept = None  # its memory is there for the new one
         scale = self.global_scale(mesh)
-        data = cast_with_scale(self._tensor, scale, settings.dtype, settings.cast_kernels)
+        if rows is None or rows == len(self._tensor):
+            data = cast_with_scale(self._tensor, scale, settings.dtype, settings.cast_kernels)
+        else:
+            data = self._tensor.new_zeros((rows, *self._tensor.shape[1:]), dtype=settings.dtype)
+            cast_with_scale_into(data[: len(self._tensor)], self._tensor, scale, settings.cast_kernels)
         if settings.keep:
             self._scale, self._kept = scale, _Kept(data, scale, self._tensor._version)
         return data, scale
@@ -171,9 +193,18 @@ class FSDPFloat8Shard(_Wrapper):
     def fsdp_pre_all_gather(
         self, mesh: DeviceMesh, outer_size: Any, outer_stride: Any, module: nn.Module, mp_policy: Any
     ) -> tuple[tuple[Tensor, ...], Any]:
-        """What travels: the float8 shard. What stays here: its scale."""
-        data, scale = self.float8(mesh)
-        return (data,), (scale,)
+        """What travels: the float8 shard, seen as bf16 or as bytes. What stays here: its scale."""
+        # Sharded along rows, so along them alone there may be unequal shards.
+        ranks = mesh.size(mesh.ndim - 1)
+        data, scale = self.float8(mesh, -(-outer_size[0] // ranks) if outer_size[0] % ranks else None)
+        # Every rank of the mesh has to decide alike. FSDP2 wants uneven shards in the size of their elements.
+        as_bf16 = (
+            (mp_policy.param_dtype or self.dtype) == torch.bfloat16
+            and data.dtype in _PASSES_AS_BF16
+            and data.numel() % 2 == 0
+            and outer_size[0] % ranks == 0
+        )
+        return (data.view(-1).view(torch.bfloat16) if as_bf16 else data.view(torch.uint8),), (scale,)
 
     def fsdp_post_all_gather(
         self,
@@ -186,11 +217,17 @@ class FSDPFloat8Shard(_Wrapper):
         """The gathered weight, or on a later gather the new scale for it."""
         (data,), (scale,) = all_gather_outputs, metadata
         if out is None:
-            return GatheredFloat8(data, scale, param_dtype), (data,)
+            return GatheredFloat8(data.view(self._settings.dtype), scale, param_dtype), (data,)
         gathered = _local(out)
         assert isinstance(gathered, GatheredFloat8), type(gathered)
         gathered._scale = scale
         return None
+
+
+# FSDP2 asks for the signature at every gather of every weight: 5 us where it is at hand, 16 where not.
+FSDPFloat8Shard.fsdp_pre_all_gather.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+    FSDPFloat8Shard.fsdp_pre_all_gather
+)
 
 
 class GatheredFloat8(_Wrapper):

@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -48,6 +49,9 @@ LAYOUTS = {
 }
 
 
+AS_BF16 = ("fsdp", "fsdp_tp")
+
+
 class Traffic(TorchDispatchMode):
     """Bytes that this rank gives to all-gathers by dtype, and its all-reduces outside of DTensor's."""
 
@@ -67,7 +71,7 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(gather, layout=None, compiled=False, log_stats_freq=0):
+def build(gather, layout=None, compiled=False, log_stats_freq=0, dtype=torch.float32):
     section = Float8SectionConfig(
         filter_fqns=["output"], enable_fsdp_float8_all_gather=gather, log_stats_freq=log_stats_freq
     )
@@ -87,7 +91,7 @@ def build(gather, layout=None, compiled=False, log_stats_freq=0):
             SPEC.blocks,
             SPEC.roles,
             mesh["dp_replicate", "dp_shard"] if layout[0] > 1 else mesh["dp_shard"],
-            param_dtype=torch.float32,
+            param_dtype=dtype,
             reduce_dtype=torch.float32,
             reshard_after_forward=True,
             cpu_offload=False,
@@ -147,6 +151,12 @@ def worker(rank, folder):
         found["compiled"] = train(
             compiled, converter, precompute=True, ranks=2, steps=3, count=contextlib.nullcontext
         )[0]
+        for name, layout in ((name, LAYOUTS[name]) for name in AS_BF16):
+            for formats in ((torch.float8_e4m3fn,), ()):
+                with mock.patch("converters.float8.fsdp._PASSES_AS_BF16", formats):
+                    model, converter = build(gather=True, layout=layout, dtype=torch.bfloat16)
+                    losses, traffic, _ = train(model, converter, ranks=layout[0] * layout[1], steps=2)
+                found["bfloat16", name, bool(formats)] = (losses, traffic[1][0], weights(model))
         watched, converter = build(gather=True, layout=LAYOUTS["fsdp_tp"], log_stats_freq=1)
         converter.before_step(watched, 1)
         train(watched, converter, ranks=2, steps=1)
@@ -197,6 +207,17 @@ def test_one_byte_per_element_travels_forward_and_backward(found):
         "float32": (2 * VOCAB * DIM + DIM) * 4 // 4,
     }
     assert high_precision["float32"] > 3.5 * gathered["uint8"]
+
+
+@pytest.mark.parametrize("layout", AS_BF16)
+def test_float8_that_travels_as_bf16_is_the_same_float8(found, layout):
+    losses, gathered, trained = found["bfloat16", layout, True]
+    same_losses, in_bytes, same_trained = found["bfloat16", layout, False]
+    assert losses == same_losses
+    assert all(torch.equal(t, same_trained[name]) for name, t in trained.items())
+    assert set(gathered) == {"bfloat16"}
+    assert set(in_bytes) == {"bfloat16", "uint8"}
+    assert gathered.total() == in_bytes.total()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from converters.float8 import (
     Float8LinearConfig,
@@ -19,7 +20,7 @@ from converters.float8 import (
     precompute_float8_dynamic_scale_for_fsdp,
 )
 from converters.float8.fsdp import FSDPFloat8Shard, GatheredFloat8, GatherSettings
-from converters.float8.scaling import scale_from_amax
+from converters.float8.scaling import cast_to_float8, scale_from_amax
 from converters.float8.weight_scales import (
     amaxes_of_shards,
     gathered_in_float8,
@@ -88,6 +89,13 @@ def worker(rank: int, rendezvous: str) -> None:
                 assert not torch.allclose(model(torch.ones(2, 32)), before)
                 model.load_state_dict(saved)
                 assert torch.equal(model(torch.ones(2, 32)), before)
+        for n, norms, wire in (
+            (64, torch.bfloat16, {torch.bfloat16}),
+            (64, torch.float32, {torch.uint8}),
+            (33, torch.bfloat16, {torch.uint8}),
+            (1, torch.bfloat16, {torch.uint8}),
+        ):
+            assert_whole_weights_arrive(n, norms, wire)
         mixed = build(Float8LinearConfig.from_recipe_name("rowwise"))
         fully_shard(mixed, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
         y = mixed(torch.randn(4, 32))
@@ -96,6 +104,46 @@ def worker(rank: int, rendezvous: str) -> None:
         assert mixed[0].weight.grad.dtype is torch.float32
     finally:
         dist.destroy_process_group()
+
+
+class Sent(TorchDispatchMode):
+    """Dtypes of what all-gathers are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.ops.c10d._allgather_base_.default:
+            self.dtypes.add(args[1].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def assert_whole_weights_arrive(n: int, norms: torch.dtype, wire: set[torch.dtype]) -> None:
+    """(n, 32) float8 beside a norm that travels in `norms`; n = 33 and n = 1 shard unevenly."""
+    torch.manual_seed(0)
+    linear = nn.Linear(32, n, bias=False)
+    model = nn.Sequential(nn.LayerNorm(32), linear)
+    want, config = (
+        linear.weight.detach().clone(),
+        Float8LinearConfig(enable_fsdp_float8_all_gather=True, pad_inner_dim=True, keep_float8_shards=True),
+    )
+    model = fully_shard(
+        convert_to_float8_training(model, config=config), mp_policy=MixedPrecisionPolicy(norms, torch.float32)
+    )
+    sent = Sent()
+    for _ in range(2):
+        with sent:
+            model.unshard()
+        scale = scale_from_amax(want.abs().amax(), torch.float8_e4m3fn)
+        got = model[1].weight
+        assert isinstance(got, GatheredFloat8)
+        assert torch.equal(
+            got._data.view(torch.uint8), cast_to_float8(want, scale, torch.float8_e4m3fn).view(torch.uint8)
+        )
+        assert got.dtype is norms
+        model.reshard()
+    assert sent.dtypes == wire, (n, norms)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")

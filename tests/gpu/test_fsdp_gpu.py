@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,12 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from converters.float8 import (
+    Float8LinearConfig,
+    convert_to_float8_training,
+    precompute_float8_dynamic_scale_for_fsdp,
+)
+from converters.float8.fsdp import _PASSES_AS_BF16
 from parallelisms.fsdp import apply_fsdp
 
 pytestmark = pytest.mark.gpu
@@ -105,6 +112,70 @@ def test_gradients_over_nvlink_are_those_of_torchs_reduction():
         for rank in range(2):
             same = torch.load(Path(folder) / f"{rank}.pt", weights_only=True)
             assert same == {"torch": True, "compute_pool": True, "bfloat16_wire": True}
+
+
+def test_pairs_of_float8_pass_torchs_copies_as_bf16():
+    """All pairs of bytes, through both copies of FSDP2's gather; changed are those with a NaN alone."""
+    pairs = torch.arange(-(2**15), 2**15, device="cuda").to(torch.int16).view(torch.bfloat16)
+    copied, spread = torch.zeros_like(pairs), torch.zeros_like(pairs)
+    torch._foreach_copy_([copied[:1000], copied[1000:]], [pairs[:1000], pairs[1000:]])
+    torch.split_with_sizes_copy(copied.view(2, -1), [8, 2**15 - 8], dim=1, out=out_of(spread))
+    changed = copied.view(torch.int16) != pairs.view(torch.int16)
+    for dtype in _PASSES_AS_BF16:
+        has_nan = pairs.view(dtype).float().isnan().view(-1, 2)[:, 1]
+        assert not (changed & ~has_nan).any(), dtype
+        assert copied.view(dtype).float().isnan().view(-1, 2)[:, 1][changed].all(), dtype
+    parts = copied.view(2, -1).split([8, 2**15 - 8], dim=1)
+    assert torch.equal(spread.view(torch.uint8), torch.cat([p.reshape(-1) for p in parts]).view(torch.uint8))
+
+
+def out_of(whole):
+    """Outputs of `split_with_sizes_copy` as FSDP2 makes them: (2, 8) and the rest."""
+    return [whole[:16].view(2, -1), whole[16:].view(2, -1)]
+
+
+def float8_worker(rank, folder):
+    """Losses of three steps, where float8 travels as bf16 and where as bytes, shards kept and not."""
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cuda", (2,), mesh_dim_names=("dp_shard",))
+    found = []
+    for formats, keep in ((_PASSES_AS_BF16, True), (_PASSES_AS_BF16, False), ((), False)):
+        torch.manual_seed(0)
+        config = Float8LinearConfig(enable_fsdp_float8_all_gather=True, keep_float8_shards=keep)
+        model = convert_to_float8_training(Stack(WIDTH, 4).cuda(), config=config)
+        with mock.patch("converters.float8.fsdp._PASSES_AS_BF16", formats):
+            apply_fsdp(
+                model,
+                "layers",
+                {},
+                mesh,
+                param_dtype=torch.bfloat16,
+                reduce_dtype=torch.float32,
+                reshard_after_forward=True,
+                cpu_offload=False,
+            )
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+            for step in range(3):
+                torch.manual_seed(10 * step + rank)
+                loss = model(torch.randn(1024, WIDTH, device="cuda")).float().square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                precompute_float8_dynamic_scale_for_fsdp(model)
+                found.append(loss.item())
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.multi_gpu
+def test_float8_arrives_alike_as_bf16_and_as_bytes():
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(float8_worker, args=(folder,), nprocs=2)
+        for rank in range(2):
+            losses = torch.load(Path(folder) / f"{rank}.pt")
+            assert losses[:3] == losses[3:6] == losses[6:]
+            assert len(set(losses)) == 3
 
 
 @pytest.mark.parametrize("flags", [(), ("--compile.enable",)], ids=["eager", "compiled"])

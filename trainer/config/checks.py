@@ -195,7 +195,7 @@ def _combination_problems(loaded: Loaded) -> Iterator[Problem]:
 
 def _float8_problems(loaded: Loaded) -> Iterator[Problem]:
     c = loaded.config
-    if c.quantize.linear.float8.keep_float8_shards and c.training.enable_cpu_offload:
+    if c.quantize.linear.float8.keep_float8_shards is True and c.training.enable_cpu_offload:
         message = "has no effect with training.enable_cpu_offload: shards are on the CPU, and cast on the GPU"
         yield loaded.problem("quantize.linear.float8.keep_float8_shards", message)
 

@@ -1,12 +1,13 @@
 """What ``auto`` stands for in settings of speed and memory, on the device of a run.
 
-    setting                                   on a GPU with Triton             elsewhere
-    training.loss_kernel                      fused                            torch
-    quantize.linear.float8.cast_kernels       triton                           torch
-    quantize.linear.float8.saved_input        least in a compiled block, or    high_precision
-                                              float8, where backward reads it
-    parallelism.fsdp_single_shard             direct, where it may be          copy
-    parallelism.fsdp_reduce_scatter           compute_pool                     torch
+    setting                                    on a GPU with Triton             elsewhere
+    training.loss_kernel                       fused                            torch
+    quantize.linear.float8.cast_kernels        triton                           torch
+    quantize.linear.float8.saved_input         least in a compiled block, or    high_precision
+                                               float8, where backward reads it
+    quantize.linear.float8.keep_float8_shards  true, where it saves casts       false
+    parallelism.fsdp_single_shard              direct, where it may be          copy
+    parallelism.fsdp_reduce_scatter            compute_pool                     torch
 
 None changes results by more than the rounding of a sum. They were measured together (`docs/performance.md`).
 A setting that is given stays as it is, and others give way to it. `activation_checkpoint.mode`, whose choice
@@ -18,7 +19,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from trainer.config.derived import batch_arithmetic, model_config
+from trainer.config.derived import batch_arithmetic, dp_shard_degree, model_config
 
 
 def with_device_defaults(config: Any, *, kernels: bool, world_size: int) -> Any:
@@ -33,11 +34,16 @@ def with_device_defaults(config: Any, *, kernels: bool, world_size: int) -> Any:
     if training.loss_kernel == "auto":
         asked = compiles.enable and compiles.components == ["loss"]  # for a compiled loss, and nothing else
         training = replace(training, loss_kernel="fused" if kernels and not asked else "torch")
-    linear = replace(config.quantize.linear, float8=_float8(config, kernels))
+    parallelism = _parallelism(config, kernels, world_size)
+    float8 = _float8(config, kernels)
+    if float8.keep_float8_shards == "auto":
+        keeps = kernels and _gathers_float8_again(config, parallelism, world_size)
+        float8 = replace(float8, keep_float8_shards=keeps)
+    linear = replace(config.quantize.linear, float8=float8)
     return replace(
         config,
         training=training,
-        parallelism=_parallelism(config, kernels, world_size),
+        parallelism=parallelism,
         quantize=replace(config.quantize, linear=linear),
     )
 
@@ -61,6 +67,19 @@ def _compiler_remakes_products(config: Any) -> bool:
     return blocks_compiled and getattr(model_config(config), "swiglu_kernel", "torch") != "fused"
 
 
+def _gathers_float8_again(config: Any, parallelism: Any, world_size: int) -> bool:
+    """Whether a weight that is cast for the float8 all-gather is gathered more than once a step."""
+    if not config.quantize.linear.float8.enable_fsdp_float8_all_gather or config.training.enable_cpu_offload:
+        return False
+    shards = dp_shard_degree(config, world_size) * parallelism.context_parallel_degree
+    if shards == 1:
+        return False
+    # A pipeline that does not free weights gathers once for all its micro-batches.
+    accumulates = batch_arithmetic(config, world_size).gradient_accumulation_steps > 1
+    again = accumulates and parallelism.pipeline_parallel_degree == 1
+    return again or parallelism.reshards_after_forward(shards)
+
+
 def _parallelism(config: Any, kernels: bool, world_size: int) -> Any:
     section, training = config.parallelism, config.training
     float8 = config.quantize.linear.float8
@@ -75,7 +94,7 @@ def _parallelism(config: Any, kernels: bool, world_size: int) -> Any:
             and config.optimizer.implementation == "one_pass"
             and section.fsdp_reshard_after_forward != "always"
             and reduce_scatter == "auto"
-            and not float8.keep_float8_shards
+            and float8.keep_float8_shards is not True
         )
         single = "direct" if alone else "copy"
     if reduce_scatter == "auto":

@@ -39,7 +39,7 @@ def fsdp_problems(loaded: Loaded) -> Iterator[Problem]:
             p.fsdp_reduce_scatter not in ("auto", "torch")
         ),
         "keeps whole float8 weights, so float8.keep_float8_shards would have no effect": (
-            "float8" in c.model.converters and float8.keep_float8_shards
+            "float8" in c.model.converters and float8.keep_float8_shards is True
         ),
     }
     yield from (loaded.problem(_SINGLE, f"'direct' {reason}") for reason, true in refused.items() if true)

@@ -156,7 +156,7 @@ class _Loader:
         spec, given = self.schema.keys[key], setting.value
         if not isinstance(given, Words):
             return values.from_toml(given, spec.type, spec.bounds)
-        is_bool = values.strip_optional(spec.type)[0] is bool
+        is_bool = values.switch_words(spec.type) is not None
         if given.negated and not is_bool:
             raise values.BadValueError(
                 f"got --no-...; {key} is not a switch: {values.describe(spec.type, spec.bounds)}"
@@ -165,6 +165,10 @@ class _Loader:
             return not given.negated
         value = values.from_words(given.words, spec.type, spec.bounds)
         if given.negated:
+            if not isinstance(value, bool):
+                raise values.BadValueError(
+                    f"got --no-...={value}; allowed: --no-..., or the key and {value!r}"
+                )
             return not value
         if get_origin(values.strip_optional(spec.type)[0]) is list:
             return self._merge_list(key, value, given.append)

@@ -46,8 +46,9 @@ def from_words(words: Sequence[str], hint: Any, bounds: Mapping[str, float]) -> 
     if len(words) != 1:
         got = "no value" if not words else f"{len(words)} values ({text})"
         raise BadValueError(f"got {got}; allowed: {describe(hint, bounds)}")
-    if inner is bool:
-        return _read_bool(text)
+    more = switch_words(hint)
+    if more is not None:
+        return text if text in more else _read_bool(text, hint)
     if inner is int and re.fullmatch(r"[+-]?\d[\d_]*", text):
         return check(int(text), hint, bounds)
     if inner is float:
@@ -73,6 +74,10 @@ def check(value: Any, hint: Any, bounds: Mapping[str, float]) -> Any:
         return [check(entry, item, {}) for entry in value]
     if get_origin(inner) is Literal:
         return _check_choice(value, hint, inner)
+    if isinstance(value, str) and value in (switch_words(hint) or ()):
+        return value
+    if inner is not bool and switch_words(hint):
+        inner = bool
     if inner is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if inner is not Any and type(value) is not inner:
@@ -88,6 +93,8 @@ def describe(hint: Any, bounds: Mapping[str, float] | None = None) -> str:
     inner, optional = strip_optional(hint)
     if get_origin(inner) is Literal:
         text = ", ".join(repr(choice) for choice in get_args(inner))
+    elif words := switch_words(inner):
+        text = f"{', '.join(repr(word) for word in words)}, true or false"
     elif get_origin(inner) is list:
         text = "a list of strings" if get_args(inner)[0] is str else "a list of lists of strings"
     else:
@@ -119,6 +126,15 @@ def strip_optional(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
+def switch_words(hint: Any) -> tuple[str, ...] | None:
+    """What a switch may be besides true and false: of ``bool | Literal["auto"]`` that; None for no switch."""
+    inner = strip_optional(hint)[0]
+    parts = get_args(inner) if get_origin(inner) in (Union, types.UnionType) else (inner,)
+    if bool not in parts:
+        return None
+    return tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
+
+
 def _is_optional(hint: Any) -> bool:
     return strip_optional(hint)[1]
 
@@ -137,10 +153,10 @@ def _read_list(text: str) -> list[Any]:
     return [entry for entry in re.split(r"[,\s]+", text) if entry]
 
 
-def _read_bool(text: str) -> bool:
+def _read_bool(text: str, hint: Any) -> bool:
     word = text.lower()
     if word not in TRUE_WORDS + FALSE_WORDS:
-        raise BadValueError(f"got {text!r}; allowed: true or false")
+        raise BadValueError(f"got {text!r}; allowed: {describe(strip_optional(hint)[0])}")
     return word in TRUE_WORDS
 
 

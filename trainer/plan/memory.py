@@ -4,7 +4,7 @@ The CUDA allocator keeps a pool for each stream: what one stream freed, another 
 on three:
 
     main      parameters, optimizer state, activations, logits, gathered weights, unsharded gradients
-    gather    all-gather buffers (the next unit's beside the present one's)
+    gather    all-gather buffers (the next unit's beside the present one's), and float8 shards that are kept
     reduce    the results of reduce-scatters, which are the sharded gradients; with another
               `parallelism.fsdp_reduce_scatter` than torch's, those that become gradients are in the main pool
 
@@ -95,6 +95,8 @@ class Unit:
     """What its backward needs besides."""
     backward_reads_weights: bool = True
     """Gathered for backward."""
+    float8_shard_numel: int = 0
+    """Those of `shard_numel` that are cast to travel in float8."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ class StepShape:
     offloaded: bool
     """Parameters, gradients and optimizer live in host memory."""
     reduction: Reduction = Reduction()
+    kept_shards_bytes: int = 0
+    """Of float8 shards that are cast once a step, `quantize.linear.float8.keep_float8_shards`."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,7 @@ def replay(step: StepShape) -> MemoryPlan:
     ledger.alloc("parameters", step.parameter_bytes * persistent)
     ledger.alloc("optimizer", step.optimizer_bytes * persistent)
     ledger.alloc("gathered weights", step.reduction.copies_bytes)
+    ledger.alloc("gathered weights", step.kept_shards_bytes, _GATHER if step.fsdp_degree > 1 else _MAIN)
     _forward(ledger, step)
     if step.whole_gradients:
         _pipeline_backward(ledger, step)

@@ -78,6 +78,7 @@ def step_shape(
     units = _units(config, model, layout, stage, recompute)
     held = sum(unit.shard_numel for unit in units)
     reduction = _reduction(config, layout, units)
+    keeps = config.quantize.linear.float8.keep_float8_shards is True
     if reduction.copies_bytes:
         units = tuple(replace(unit, gathered_bytes=0) for unit in units)
     master = 2 if config.training.dtype == "bfloat16" else 4
@@ -98,6 +99,7 @@ def step_shape(
         master,
         config.training.enable_cpu_offload,
         reduction,
+        sum(unit.float8_shard_numel for unit in units) if keeps else 0,
     )
 
 
@@ -161,6 +163,7 @@ def _unit(name: str, parameters: Sequence[Parameter], stays: bool, saved: int, w
         stays,
         saved,
         working,
+        float8_shard_numel=sum(p.shard_numel for p in parameters if p.gather_bytes_per_element == 1),
     )
 
 

@@ -19,6 +19,7 @@ def chosen(flags, *, kernels=True, world_size=1):
         "input": float8.saved_input,
         "single": parallelism.fsdp_single_shard,
         "reduce": parallelism.fsdp_reduce_scatter,
+        "kept": float8.keep_float8_shards,
     }
 
 
@@ -29,6 +30,7 @@ def test_without_kernels_everything_is_torchs():
         "input": "high_precision",
         "single": "copy",
         "reduce": "torch",
+        "kept": False,
     }
 
 
@@ -39,6 +41,7 @@ def test_one_gpu():
         "input": "float8",
         "single": "direct",
         "reduce": "torch",
+        "kept": False,
     }
 
 
@@ -95,3 +98,36 @@ def test_what_is_given_stays_and_the_rest_gives_way(flags, expected):
 @pytest.mark.parametrize("saved", ["float8", "least"])
 def test_saved_float8_brings_its_casts(saved):
     assert chosen([CONVERT, f"{FLOAT8}.saved_input={saved}"], kernels=False)["casts"] == "triton"
+
+
+GATHER = f"{FLOAT8}.enable_fsdp_float8_all_gather"
+KEEP = f"{FLOAT8}.keep_float8_shards"
+STAYS = "--parallelism.fsdp_reshard_after_forward=never"
+ACCUMULATES = "--training.global_batch_size=64"
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        ([GATHER], True),
+        ([], False),
+        ([GATHER, STAYS], False),
+        ([GATHER, STAYS, ACCUMULATES], True),
+        ([GATHER, "--training.enable_cpu_offload"], False),
+        ([GATHER, "--parallelism.data_parallel_replicate_degree=4"], False),
+        ([GATHER, "--parallelism.data_parallel_replicate_degree=2"], True),
+        ([GATHER, "--parallelism.context_parallel_degree=4"], True),
+        ([GATHER, "--parallelism.tensor_parallel_degree=4"], False),
+        ([GATHER, "--parallelism.pipeline_parallel_degree=2", ACCUMULATES], False),
+        ([GATHER, f"{FLOAT8}.no_keep_float8_shards"], False),
+        ([GATHER, STAYS, KEEP], True),
+        ([GATHER, f"{KEEP}=auto"], True),
+    ],
+)
+def test_float8_shards_are_kept_where_a_weight_is_gathered_again(flags, kept):
+    assert chosen([CONVERT, *flags], world_size=4)["kept"] is kept
+
+
+def test_shards_are_kept_without_kernels_where_asked():
+    found = [chosen([CONVERT, GATHER, *flags], kernels=False, world_size=4)["kept"] for flags in ([], [KEEP])]
+    assert found == [False, True]

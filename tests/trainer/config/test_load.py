@@ -122,6 +122,34 @@ def test_boolean_spellings(tmp_path, flags, expected, before):
     assert loaded.config.compile.enable is expected
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], False),
+        (["--x.keep"], True),
+        (["--x.keep=off"], False),
+        (["--no-x.keep"], False),
+        (["--x.keep=auto"], "auto"),
+    ],
+)
+def test_a_switch_may_be_auto(tmp_path, flags, expected):
+    flags = [flag.replace("x.keep", "quantize.linear.float8.keep_float8_shards") for flag in flags]
+    section = "[quantize.linear.float8]\nenable_fsdp_float8_all_gather = true\nkeep_float8_shards = "
+    loaded = load_toml(tmp_path, f"{section}false\n", *flags)
+    assert loaded.config.quantize.linear.float8.keep_float8_shards == expected
+    loaded = load_toml(tmp_path, f'{section}"auto"\n')
+    assert loaded.config.quantize.linear.float8.keep_float8_shards == "auto"
+
+
+@pytest.mark.parametrize("value", ["perhaps", "1.5"])
+def test_a_switch_says_what_it_may_be(value):
+    with pytest.raises(ConfigError) as error:
+        load([f"--quantize.linear.float8.keep_float8_shards={value}"], env={})
+    assert f"got '{value}'; allowed: 'auto', true or false" in str(error.value)
+    with pytest.raises(ConfigError, match=r"got --no-\.\.\.=auto"):
+        load(["--no-quantize.linear.float8.keep_float8_shards=auto"], env={})
+
+
 def test_dashes_and_underscores_are_the_same():
     loaded = load(["--training.local-batch-size", "2", "--training.global_batch_size=-1"], env={})
     assert loaded.config.training.local_batch_size == 2

@@ -37,6 +37,7 @@ ONE_PASS = "--optimizer.implementation=one_pass"
 FORMER = [
     "--training.loss_kernel=torch",
     "--float8.cast_kernels=torch",
+    "--float8.no_keep_float8_shards",
     "--parallelism.fsdp_reduce_scatter=torch",
     "--parallelism.fsdp_single_shard=copy",
 ]
@@ -183,6 +184,18 @@ def test_a_float8_gather_leaves_turned_weights_behind():
     forbidden = [*gather, "--quantize.linear.float8.force_recompute_fp8_weight_in_bwd"]
     turned = kept.reserved_bytes - plan([*WHOLE, *NONE, *COMPILE, *forbidden], 2, "h200").worst.reserved_bytes
     assert turned == 32 * (8_030_261_248 - 2 * 525_336_576 - 65 * 4096) // 32
+
+
+@pytest.mark.parametrize(("world_size", "pool"), [(2, "gather"), (1, "main")])
+def test_kept_float8_shards_are_one_byte_an_element(world_size, pool):
+    common = [*EIGHT_LAYERS, *GATHER, "--parallelism.fsdp_single_shard=copy"]
+    kept, not_kept = (
+        plan([*common, f"--float8.keep_float8_shards={value}"], world_size).worst.by_pool[pool]
+        for value in ("true", "false")
+    )
+    assert kept - not_kept == LINEARS // world_size
+    by_default = plan(common, world_size).worst.by_pool[pool]
+    assert by_default == (kept if world_size == 2 else not_kept)
 
 
 def test_a_pipeline_keeps_whole_gradients():
