@@ -52,8 +52,9 @@ class Float8SectionConfig:
     """Round scales down to powers of two; unset leaves it to the recipe (rowwise on, tensorwise off)."""
     pad_inner_dim: bool = False
     """Convert layers whose sizes are not divisible by 16 too, padding them with zeros inside the GEMM."""
-    force_recompute_fp8_weight_in_bwd: bool = False
-    """Under compile, recompute the float8 weight in backward rather than keep it (memory with FSDP)."""
+    force_recompute_fp8_weight_in_bwd: bool | Literal["auto"] = "auto"
+    """Under compile, cast the weight again in backward rather than keep the cast, 1 byte a parameter. `auto`:
+    with Triton's casts, of weights that do not come in float8."""
     cast_kernels: CastKernels = "auto"
     """Casts as PyTorch ops that a compiler fuses, or Triton kernels that write both layouts in one read;
     `auto` takes these on a GPU."""

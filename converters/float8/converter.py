@@ -72,7 +72,7 @@ def linear_config(section: Float8SectionConfig) -> Float8LinearConfig:
         enable_fsdp_float8_all_gather=section.enable_fsdp_float8_all_gather,
         pad_inner_dim=section.pad_inner_dim,
         emulate=section.emulate,
-        force_recompute_fp8_weight_in_bwd=section.force_recompute_fp8_weight_in_bwd,
+        force_recompute_fp8_weight_in_bwd=section.force_recompute_fp8_weight_in_bwd is True,
         delayed_scaling_config=DelayedScalingConfig(history_len=section.delayed_history_len),
         cast_kernels=section.cast_kernels,
         saved_input="float8" if section.saved_input == "least" else section.saved_input,

@@ -6,6 +6,8 @@
     quantize.linear.float8.saved_input         least in a compiled block, or    high_precision
                                                float8, where backward reads it
     quantize.linear.float8.keep_float8_shards  true, where it saves casts       false
+    quantize.linear.float8.force_recompute_    true in a compiled block, of     false
+      fp8_weight_in_bwd                        weights gathered in bf16
     parallelism.fsdp_single_shard              direct, where it may be          copy
     parallelism.fsdp_reduce_scatter            compute_pool                     torch
 
@@ -58,13 +60,25 @@ def _float8(config: Any, kernels: bool) -> Any:
         reads = cast_kernels == "triton" and section.recipe_name != "rowwise_with_gw_hp"
         remade = "least" if _compiler_remakes_products(config) else "float8"
         saved_input = remade if reads else "high_precision"
-    return replace(section, cast_kernels=cast_kernels, saved_input=saved_input)
+    recompute = section.force_recompute_fp8_weight_in_bwd
+    if recompute == "auto":
+        keeps = _blocks_compiled(config) and not section.enable_fsdp_float8_all_gather
+        recompute = keeps and kernels and cast_kernels == "triton"
+    return replace(
+        section,
+        cast_kernels=cast_kernels,
+        saved_input=saved_input,
+        force_recompute_fp8_weight_in_bwd=recompute,
+    )
+
+
+def _blocks_compiled(config: Any) -> bool:
+    return config.compile.enable and "model" in config.compile.components
 
 
 def _compiler_remakes_products(config: Any) -> bool:
     """Whether a block's backward can compute the product that w2 reads from what w1 and w3 gave."""
-    blocks_compiled = config.compile.enable and "model" in config.compile.components
-    return blocks_compiled and getattr(model_config(config), "swiglu_kernel", "torch") != "fused"
+    return _blocks_compiled(config) and getattr(model_config(config), "swiglu_kernel", "torch") != "fused"
 
 
 def _gathers_float8_again(config: Any, parallelism: Any, world_size: int) -> bool:

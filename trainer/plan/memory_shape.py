@@ -39,7 +39,7 @@ def block_memory(config: Any, model: ModelShape, layout: Layout) -> BlockMemory:
     turned = float8.enable_fsdp_float8_all_gather != (float8.cast_kernels == "triton")
     linears = [linear for part in model.sizes.parts for linear in (*part.columnwise, *part.rowwise)]
     kept = 0
-    if turned and not float8.force_recompute_fp8_weight_in_bwd:
+    if turned and float8.force_recompute_fp8_weight_in_bwd is not True:
         kept = sum(linear.k * linear.n for linear in linears if linear.float8)
     chosen = model_config(config)
     return BlockMemory(

@@ -20,6 +20,7 @@ def chosen(flags, *, kernels=True, world_size=1):
         "single": parallelism.fsdp_single_shard,
         "reduce": parallelism.fsdp_reduce_scatter,
         "kept": float8.keep_float8_shards,
+        "recast": float8.force_recompute_fp8_weight_in_bwd,
     }
 
 
@@ -31,6 +32,7 @@ def test_without_kernels_everything_is_torchs():
         "single": "copy",
         "reduce": "torch",
         "kept": False,
+        "recast": False,
     }
 
 
@@ -42,6 +44,7 @@ def test_one_gpu():
         "single": "direct",
         "reduce": "torch",
         "kept": False,
+        "recast": False,
     }
 
 
@@ -79,8 +82,14 @@ def test_torchs_reduction_where_another_has_no_effect(flag):
         ([f"{FLOAT8}.emulate"], {"casts": "torch", "input": "high_precision"}),
         ([f"{FLOAT8}.recipe_name=rowwise_with_gw_hp"], {"casts": "triton", "input": "high_precision"}),
         ([f"{FLOAT8}.saved_input=high_precision"], {"casts": "triton", "input": "high_precision"}),
-        (["--compile.enable"], {"casts": "triton", "input": "least"}),
-        (["--compile.enable", "--compile.components=loss"], {"loss": "torch", "input": "float8"}),
+        (["--compile.enable"], {"casts": "triton", "input": "least", "recast": True}),
+        (["--compile.enable", f"{FLOAT8}.no_force_recompute_fp8_weight_in_bwd"], {"recast": False}),
+        (["--compile.enable", f"{FLOAT8}.enable_fsdp_float8_all_gather"], {"recast": False}),
+        (["--compile.enable", f"{FLOAT8}.cast_kernels=torch"], {"recast": False}),
+        (
+            ["--compile.enable", "--compile.components=loss"],
+            {"loss": "torch", "input": "float8", "recast": False},
+        ),
         (["--compile.enable", "--model.overrides.swiglu_kernel=fused"], {"input": "float8"}),
         (["--compile.enable", f"{FLOAT8}.recipe_name=rowwise_with_gw_hp"], {"input": "high_precision"}),
         (["--compile.enable", "--compile.components=model,loss"], {"loss": "fused"}),
