@@ -20,7 +20,8 @@ class ParallelismConfig:
     shard alone and the next two are not `torch` and `copy`: then they are cast once a step, not twice."""
     fsdp_reduce_scatter: Literal["auto", "torch", "compute_pool", "bfloat16_wire"] = "auto"
     """Where sharded gradients lie and how they travel: in a memory pool of their own (`torch`), in that of
-    the computation (on a GPU `auto`), or there after travelling in bf16; the sum is fp32 in all three."""
+    the computation, or there after travelling in bf16; the sum is fp32 in all three. `auto`: on GPUs the last
+    where it can be."""
     fsdp_single_shard: Literal["auto", "copy", "direct"] = "auto"
     """On one device alone: gather and reduce as on many (`copy`), or keep a bf16 copy of the weights over
     steps and take gradients from where backward left them (`direct`); `auto` does on a GPU where it can."""

@@ -9,7 +9,8 @@
     quantize.linear.float8.force_recompute_    true in a compiled block, of     false
       fp8_weight_in_bwd                        weights gathered in bf16
     parallelism.fsdp_single_shard              direct, where it may be          copy
-    parallelism.fsdp_reduce_scatter            compute_pool                     torch
+    parallelism.fsdp_reduce_scatter            bfloat16_wire where gradients    torch
+                                               are bf16, or compute_pool
 
 None changes results by more than the rounding of a sum. They were measured together (`docs/performance.md`).
 A setting that is given stays as it is, and others give way to it. `activation_checkpoint.mode`, whose choice
@@ -112,5 +113,12 @@ def _parallelism(config: Any, kernels: bool, world_size: int) -> Any:
         )
         single = "direct" if alone else "copy"
     if reduce_scatter == "auto":
-        reduce_scatter = "compute_pool" if pooled and single == "copy" else "torch"
+        reduce_scatter = _reduce_scatter(config, world_size) if pooled and single == "copy" else "torch"
     return replace(section, fsdp_single_shard=single, fsdp_reduce_scatter=reduce_scatter)
+
+
+def _reduce_scatter(config: Any, world_size: int) -> str:
+    section = config.parallelism
+    shards = dp_shard_degree(config, world_size) * section.context_parallel_degree
+    narrow = config.training.mixed_precision_param == "bfloat16" and section.pipeline_parallel_degree == 1
+    return "bfloat16_wire" if shards > 1 and narrow else "compute_pool"

@@ -50,7 +50,24 @@ def test_one_gpu():
 
 def test_two_gpus():
     found = chosen([ONE_PASS, CONVERT], world_size=2)
-    assert (found["single"], found["reduce"]) == ("copy", "compute_pool")
+    assert (found["single"], found["reduce"]) == ("copy", "bfloat16_wire")
+
+
+@pytest.mark.parametrize(
+    ("flags", "reduce"),
+    [
+        (["--parallelism.tensor_parallel_degree=2"], "bfloat16_wire"),
+        (["--parallelism.tensor_parallel_degree=4"], "compute_pool"),
+        (["--parallelism.context_parallel_degree=4"], "bfloat16_wire"),
+        (["--parallelism.data_parallel_replicate_degree=4"], "compute_pool"),
+        (["--parallelism.pipeline_parallel_degree=2"], "compute_pool"),
+        (["--training.mixed_precision_param=float32"], "compute_pool"),
+        (["--training.dtype=bfloat16"], "torch"),
+        (["--parallelism.fsdp_reduce_scatter=compute_pool"], "compute_pool"),
+    ],
+)
+def test_gradients_travel_in_bf16_where_they_are_sharded_and_reduced_at_once(flags, reduce):
+    assert chosen(flags, world_size=4)["reduce"] == reduce
 
 
 @pytest.mark.parametrize(
