@@ -40,7 +40,7 @@ from benchmarks.float8.matmuls import (
 from benchmarks.float8.roofline_report import FLOAT8, Row, write_report
 from benchmarks.float8.sizes import generate, model_linears, read_sizes
 from converters.float8.config import Float8LinearConfig, Float8LinearRecipeName
-from converters.float8.cost import Ceilings, LinearCost, gemms, in_float8, linear_cost
+from converters.float8.cost import Casts, Ceilings, LinearCost, gemms, in_float8, linear_cost
 from trainer.calibration.linears import (
     PLAIN,
     Shape,
@@ -164,10 +164,11 @@ def _model(
     options: argparse.Namespace,
 ) -> list[Row]:
     rows = []
+    casts: Casts = "fused" if options.enable_fusion_modeling else "compiled"
     for shape in shapes:
         # A float8 rate of 0 stands for a device without float8 GEMMs.
         known = ceilings if ceilings.float8_flops else replace(ceilings, float8_flops=1.0)
-        cost = linear_cost(recipe, *shape, known, fused=options.enable_fusion_modeling)
+        cost = linear_cost(recipe, *shape, known, casts=casts)
         if options.gemm_time_strategy == "benchmarks":
             assert device is not None
             cost = _timed_gemms(shape, recipe, device, cost, options.repetitions)

@@ -194,10 +194,12 @@ class Float8Converter(Converter):
 
     def _rows(self, decisions: list[Decision]) -> list[ConversionRow]:
         groups: dict[tuple[Any, ...], dict[str, int]] = {}
+        served = self._served_by_a_sibling(decisions)
         for decision in decisions:
             k, n = decision.module.in_features, decision.module.out_features
             local = self._local_mkn(decision.fqn, k, n)
-            reason = self._remark(local) if decision.reason is None else decision.reason
+            shares = decision.fqn in served
+            reason = self._remark(local, shares) if decision.reason is None else decision.reason
             patterns = groups.setdefault((k, n, local, decision.reason is None, reason), {})
             pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$|^\d+$", "*", decision.fqn)
             patterns[pattern] = patterns.get(pattern, 0) + 1
@@ -233,7 +235,21 @@ class Float8Converter(Converter):
                 "compile.enable, wherever nothing else holds the input of a rowwise linear"
             )
 
-    def _remark(self, local: tuple[int, int, int]) -> str:
+    def _served_by_a_sibling(self, decisions: list[Decision]) -> set[str]:
+        """FQNs of linears whose input a compiled block casts for a wider sibling (wk, wv: wq; w3: w1)."""
+        if not self.context.compile_model:
+            return set()
+        readers: dict[tuple[str, int], list[Decision]] = {}
+        for each in decisions:
+            if each.reason is None and self._role(each.fqn) == "columnwise":
+                readers.setdefault((each.fqn.rpartition(".")[0], each.module.in_features), []).append(each)
+        return {
+            each.fqn
+            for group in readers.values()
+            for each in sorted(group, key=lambda one: -one.module.out_features)[1:]
+        }
+
+    def _remark(self, local: tuple[int, int, int], shares_input: bool) -> str:
         if self.config.emulate:
             return "emulated"
         timing = None if self.calibration is None else self.calibration.find(local)
@@ -243,7 +259,8 @@ class Float8Converter(Converter):
             return "emulated: this torch has no row-scaled float8 GEMM on a CPU"
         if self.context.device_type != "cuda":
             return f"on {self.context.device_type}: for numerics, not for speed"
-        speedup = cost.expected_speedup(self.recipe, *local)
+        casts: cost.Casts = "triton" if self.config.cast_kernels == "triton" else "compiled"
+        speedup = cost.linear_cost(self.recipe, *local, casts=casts, shares_input=shares_input).speedup
         return f"expected to lose: about {speedup:.2f}x of bf16's speed" if speedup < 1 else ""
 
     @staticmethod

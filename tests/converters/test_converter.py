@@ -194,13 +194,26 @@ def test_report_folds_equal_shapes_and_shows_local_ones() -> None:
     assert rows["output"].local_mkn == (8192, 16, 48)
 
 
-def test_small_layers_are_expected_to_lose() -> None:
-    from converters.float8 import Float8LinearRecipeName
-    from converters.float8.cost import expected_speedup
-
-    tensorwise = Float8LinearRecipeName.TENSORWISE
-    assert expected_speedup(tensorwise, 8192, 4096, 1024) < 1
-    assert expected_speedup(tensorwise, 8192, 4096, 14336) > 1.3
+@pytest.mark.parametrize(
+    ("compiled", "kernels", "losing"),
+    [(False, "torch", {"a.{wk,wv}"}), (True, "torch", set()), (False, "triton", set())],
+)
+def test_small_layers_lose_unless_a_sibling_casts_their_input(
+    compiled: bool, kernels: str, losing: set[str]
+) -> None:
+    widths = {"wq": 4096, "wk": 1024, "wv": 1024}
+    with torch.device("meta"):
+        layers = nn.ModuleDict({name: nn.Linear(4096, n) for name, n in widths.items()})
+    context = ConverterContext(
+        device_type="cuda",
+        tokens_per_microbatch=8192,
+        compile_model=compiled,
+        roles={f"a.{name}": "columnwise" for name in widths},
+    )
+    section = Float8SectionConfig(cast_kernels=kernels)
+    report = CONVERTERS["float8"].build(section, context).convert(nn.ModuleDict({"a": layers}))
+    found = {row.fqn for row in report.rows if "expected to lose" in row.reason}
+    assert found == losing
 
 
 def test_nothing_converted_cannot_be_missed(caplog: pytest.LogCaptureFixture) -> None:
