@@ -3,17 +3,32 @@
 All blocks of a model are alike, so the compiler works once and the result serves every layer: compile time
 does not grow with depth. Each block is one full graph; a break in it is an error, not a slow surprise.
 
-Inductor gets one pass over its graphs from here, `parallelisms.amax_pass`.
+Inductor gets one pass over its graphs from here, `parallelisms.amax_pass`. It compiles Triton kernels in
+processes of its own, which take seconds to start: `start_compilers` does so while data and model are built,
+where inductor itself would at its first graph.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
 from parallelisms.blocks import blocks_of
 from parallelisms.config import CompileConfig
+
+
+def start_compilers(config: CompileConfig, device_type: str) -> bool:
+    """Start the processes that will compile Triton kernels, where there will be any; returns whether so."""
+    if not (config.enable and config.backend == "inductor" and device_type == "cuda"):
+        return False
+    with suppress(ImportError):  # not public (torch 2.11 to 2.13); without it they start later
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        maybe_warm_pool()
+        return True
+    return False
 
 
 def apply_compile(model: nn.Module, blocks: str, config: CompileConfig) -> str:

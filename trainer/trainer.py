@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.support import runs_triton
+from parallelisms.compile import start_compilers
 from parallelisms.distributed import (
     Rank,
     init_process_group,
@@ -71,7 +72,8 @@ class Trainer:
         config = with_device_defaults(loaded.config, kernels=kernels, world_size=rank.world_size)
         self.loaded, self.config, self.rank, self.device = loaded, config, rank, rank.device
 
-        # 1. Processes: group, mesh, seed.
+        # 1. Processes: compilers, group, mesh, seed.
+        start_compilers(config.compile, self.device.type)
         if config.debug.deterministic:
             set_deterministic(config.debug.deterministic_warn_only)
         init_process_group(

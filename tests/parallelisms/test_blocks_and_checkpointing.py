@@ -7,7 +7,7 @@ from torch import nn
 from converters.float8 import Float8LinearConfig, convert_to_float8_training
 from parallelisms.activation_checkpoint import apply_activation_checkpoint
 from parallelisms.blocks import blocks_of, matches
-from parallelisms.compile import apply_compile
+from parallelisms.compile import apply_compile, start_compilers
 from parallelisms.config import ActivationCheckpointConfig, CompileConfig
 
 
@@ -123,3 +123,19 @@ def test_patterns():
     assert matches("layers.*.attention.wq", "layers.11.attention.wq")
     assert not matches("layers.*.wq", "layers.11.attention.wq")
     assert not matches("output", "layers.output")
+
+
+@pytest.mark.parametrize(
+    ("config", "device_type", "started"),
+    [
+        (CompileConfig(enable=True), "cuda", True),
+        (CompileConfig(enable=True), "cpu", False),
+        (CompileConfig(enable=True, backend="eager"), "cuda", False),
+        (CompileConfig(), "cuda", False),
+    ],
+)
+def test_compilers_start_where_triton_kernels_will_be_compiled(config, device_type, started, monkeypatch):
+    calls = []
+    monkeypatch.setattr("torch._inductor.async_compile.maybe_warm_pool", lambda: calls.append(None))
+    assert start_compilers(config, device_type) is started
+    assert len(calls) == started
