@@ -24,6 +24,12 @@ _GATHER = (
     f"{_FLOAT8}.enable_fsdp_float8_all_gather",
     f"{_FLOAT8}.precompute_float8_dynamic_scale_for_fsdp",
 )
+_BEST_TENSORWISE = (
+    "--model.overrides.norm_kernel=fused",
+    "--model.overrides.swiglu_kernel=fused",
+    "--parallelism.fsdp_reshard_after_forward=never",
+)
+"""As in train_configs/llama3_8b_float8.toml."""
 BASELINE = "bf16"
 _NAMES = (
     *("NGPU", "FLAVOR", "N_LAYERS", "SEQ_LEN", "LOCAL_BATCH_SIZE", "ACCUMULATION", "STEPS", "WARMUP_STEPS"),
@@ -43,7 +49,9 @@ class Variant:
 VARIANTS: dict[str, Variant] = {
     "eager": Variant("none (bf16, eager)", ()),
     "bf16": Variant("none (bf16)", _COMPILE),
-    "tensorwise": Variant("tensorwise with float8 all-gather", (*_COMPILE, *_CONVERT, *_GATHER)),
+    "tensorwise": Variant(
+        "tensorwise with float8 all-gather", (*_COMPILE, *_CONVERT, *_GATHER, *_BEST_TENSORWISE)
+    ),
     "tensorwise_bf16_gather": Variant("tensorwise with bf16 all-gather", (*_COMPILE, *_CONVERT)),
     "rowwise": Variant(
         "rowwise with bf16 all-gather", (*_COMPILE, *_CONVERT, f"{_FLOAT8}.recipe_name=rowwise")
