@@ -8,7 +8,6 @@ health statistics on the steps that `log_stats_freq` asks for.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from converters.base import ConversionReport, ConversionRow, Converter, ConverterContext
+from converters.base import ConversionReport, Converter, ConverterContext
 from converters.config import Float8SectionConfig
-from converters.float8 import cost, stats
+from converters.float8 import stats
 from converters.float8.calibration import Calibration, read_calibration, speed_settings
 from converters.float8.config import (
     CastConfig,
@@ -39,6 +38,7 @@ from converters.float8.delayed import (
 from converters.float8.filters import auto_filter_for_recipe
 from converters.float8.gemm import CPU_HAS_ROW_SCALES, check_device
 from converters.float8.linear import CASTS_TO_SAVE, OPS_TO_SAVE, Float8Linear
+from converters.float8.report import LinearsOfRun, conversion_rows
 from converters.float8.weight_scales import (
     gathered_in_float8,
     precompute_float8_dynamic_scale_for_fsdp,
@@ -105,6 +105,7 @@ class Float8Converter(Converter):
         self.context = context
         self.recipe = Float8LinearRecipeName(section.recipe_name or "tensorwise")
         self.config, self.rowwise_config = linear_config(section), rowwise_config(section)
+        self.linears = LinearsOfRun(context)
         self._collected = False
         self._amaxes: dict[Tensor, Tensor] | None = None
         """Parameter -> amax of this rank's part, as the optimizer found it; None where it finds none."""
@@ -169,14 +170,15 @@ class Float8Converter(Converter):
             self.section.filter_fqns,
             pad_inner_dim=self.section.pad_inner_dim,
             calibration=self.calibration,
-            local_sizes=self._local_mkn,
+            local_sizes=self.linears.local_sizes,
         )
         decisions = decide(model, chosen, self.config)
-        report = ConversionReport(self.name, self._rows(decisions))
+        rows = conversion_rows(decisions, self.linears, self.config, self.recipe, self.calibration)
+        report = ConversionReport(self.name, rows)
         swap(
             model,
             decisions,
-            lambda fqn: self.rowwise_config if self._role(fqn) == "rowwise" else self.config,
+            lambda fqn: self.rowwise_config if self.linears.role(fqn) == "rowwise" else self.config,
         )
         self._warn_of_least(decisions)
         if report.converted == 0:
@@ -192,39 +194,10 @@ class Float8Converter(Converter):
                 stats.register_stats(layer, layer.weight.device)
         return report
 
-    def _rows(self, decisions: list[Decision]) -> list[ConversionRow]:
-        groups: dict[tuple[Any, ...], dict[str, int]] = {}
-        served = self._served_by_a_sibling(decisions)
-        for decision in decisions:
-            k, n = decision.module.in_features, decision.module.out_features
-            local = self._local_mkn(decision.fqn, k, n)
-            shares = decision.fqn in served
-            reason = self._remark(local, shares) if decision.reason is None else decision.reason
-            patterns = groups.setdefault((k, n, local, decision.reason is None, reason), {})
-            pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$|^\d+$", "*", decision.fqn)
-            patterns[pattern] = patterns.get(pattern, 0) + 1
-        return [
-            ConversionRow(_fold(list(patterns)), sum(patterns.values()), k, n, local, converted, reason)
-            for (k, n, local, converted, reason), patterns in groups.items()
-        ]
-
-    def _local_mkn(self, fqn: str, k: int, n: int) -> tuple[int, int, int]:
-        tp = self.context.tp_degree
-        if tp > 1:
-            role = self._role(fqn)
-            if role in ("columnwise", "output"):
-                n //= tp
-            elif role == "rowwise":
-                k //= tp
-        return self.context.tokens_per_microbatch, k, n
-
-    def _role(self, fqn: str) -> str | None:
-        return next((role for pattern, role in self.context.roles.items() if _matches(pattern, fqn)), None)
-
     def _warn_of_least(self, decisions: list[Decision]) -> None:
         if self.section.saved_input != "least":
             return
-        if not any(each.reason is None and self._role(each.fqn) == "rowwise" for each in decisions):
+        if not any(each.reason is None and self.linears.role(each.fqn) == "rowwise" for each in decisions):
             logger.info(  # what `auto` may have chosen too
                 "quantize.linear.float8.saved_input = 'least' is as 'float8' here: no rowwise linear was "
                 "converted"
@@ -234,34 +207,6 @@ class Float8Converter(Converter):
                 "quantize.linear.float8.saved_input = 'least' keeps more than 'float8' without "
                 "compile.enable, wherever nothing else holds the input of a rowwise linear"
             )
-
-    def _served_by_a_sibling(self, decisions: list[Decision]) -> set[str]:
-        """FQNs of linears whose input a compiled block casts for a wider sibling (wk, wv: wq; w3: w1)."""
-        if not self.context.compile_model:
-            return set()
-        readers: dict[tuple[str, int], list[Decision]] = {}
-        for each in decisions:
-            if each.reason is None and self._role(each.fqn) == "columnwise":
-                readers.setdefault((each.fqn.rpartition(".")[0], each.module.in_features), []).append(each)
-        return {
-            each.fqn
-            for group in readers.values()
-            for each in sorted(group, key=lambda one: -one.module.out_features)[1:]
-        }
-
-    def _remark(self, local: tuple[int, int, int], shares_input: bool) -> str:
-        if self.config.emulate:
-            return "emulated"
-        timing = None if self.calibration is None else self.calibration.find(local)
-        if timing is not None:
-            return f"calibration: {timing.speedup:.2f}x of bf16's speed"
-        if self.context.device_type == "cpu" and self.config.axiswise and not CPU_HAS_ROW_SCALES:
-            return "emulated: this torch has no row-scaled float8 GEMM on a CPU"
-        if self.context.device_type != "cuda":
-            return f"on {self.context.device_type}: for numerics, not for speed"
-        casts: cost.Casts = "triton" if self.config.cast_kernels == "triton" else "compiled"
-        speedup = cost.linear_cost(self.recipe, *local, casts=casts, shares_input=shares_input).speedup
-        return f"expected to lose: about {speedup:.2f}x of bf16's speed" if speedup < 1 else ""
 
     @staticmethod
     def _layers(model: nn.Module) -> dict[str, Float8Linear]:
@@ -341,19 +286,3 @@ class Float8Converter(Converter):
             ValueError: they are of another model or history length.
         """
         load_delayed_state_dict(model, state)
-
-
-def _matches(pattern: str, fqn: str) -> bool:
-    parts, wanted = fqn.split("."), pattern.split(".")
-    return len(parts) == len(wanted) and all(w in ("*", p) for w, p in zip(wanted, parts, strict=True))
-
-
-def _fold(patterns: list[str]) -> str:
-    """``a.b.wk, a.b.wv`` -> ``a.b.{wk,wv}``."""
-    heads: dict[str, list[str]] = {}
-    for pattern in patterns:
-        head, dot, tail = pattern.rpartition(".")
-        heads.setdefault(head + dot, []).append(tail)
-    return ", ".join(
-        head + (tails[0] if len(tails) == 1 else "{" + ",".join(tails) + "}") for head, tails in heads.items()
-    )
