@@ -10,7 +10,7 @@ import os
 import signal
 
 from trainer.checkpoint import files, folders, integrity, writer
-from trainer.checkpoint.manager import CheckpointManager
+from trainer.checkpoint import saving as saving_module
 
 MODELS: dict = {}  # a module without tables is refused
 
@@ -33,14 +33,14 @@ STAGES = {
 def kill_at(stage, step, rank):
     """Install the trap."""
     saving = []
-    save = CheckpointManager.save
+    write = saving_module.Saver.write
 
-    def watched(self, state, this_step, *args, **kwargs):
-        if this_step == step:
+    def watched(self, tensors, manifest, *args, **kwargs):
+        if manifest.step == step:  # the save before it has ended: nothing is under way
             saving.append(step)
-        return save(self, state, this_step, *args, **kwargs)
+        return write(self, tensors, manifest, *args, **kwargs)
 
-    CheckpointManager.save = watched
+    saving_module.Saver.write = watched
     place, name, when = STAGES[stage]
     call = getattr(place, name)
 
@@ -54,9 +54,7 @@ def kill_at(stage, step, rank):
 
     setattr(place, name, trap)
     if place is writer and name == "write_checkpoint":
-        import trainer.checkpoint.manager as manager
-
-        manager.write_checkpoint = trap
+        saving_module.write_checkpoint = trap
     assert int(os.environ["RANK"]) == rank
 
 
