@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from converters.float8.config import float8_dtypes
+from converters.float8.cast_config import float8_dtypes
 from converters.float8.cost import Ceilings
 from converters.float8.gemm import CPU_HAS_ROW_SCALES, unsupported_reason
 from trainer.calibration.timing import Work, time_in_turns

@@ -9,14 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from converters.float8.cast_config import CastConfig, ScalingGranularity, ScalingType
     from converters.float8.config import (
-        CastConfig,
         DelayedScalingConfig,
         Float8GemmConfig,
         Float8LinearConfig,
         Float8LinearRecipeName,
-        ScalingGranularity,
-        ScalingType,
     )
     from converters.float8.convert import convert_to_float8_training
     from converters.float8.converter import Float8Converter
@@ -50,7 +48,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "CastConfig": "config",
+    "CastConfig": "cast_config",
     "DelayedScalingConfig": "config",
     "Float8ColwiseParallel": "tensor_parallel",
     "Float8Converter": "converter",
@@ -60,8 +58,8 @@ _HOME = {
     "Float8LinearRecipeName": "config",
     "Float8RowwiseParallel": "tensor_parallel",
     "PrepareFloat8ModuleInput": "tensor_parallel",
-    "ScalingGranularity": "config",
-    "ScalingType": "config",
+    "ScalingGranularity": "cast_config",
+    "ScalingType": "cast_config",
     "auto_filter_for_recipe": "filters",
     "convert_to_float8_training": "convert",
     "precompute_float8_dynamic_scale_for_fsdp": "weight_scales",

@@ -20,12 +20,11 @@ from converters.base import ConversionReport, Converter, ConverterContext
 from converters.config import Float8SectionConfig
 from converters.float8 import stats
 from converters.float8.calibration import Calibration, read_calibration, speed_settings
+from converters.float8.cast_config import CastConfig, ScalingType
 from converters.float8.config import (
-    CastConfig,
     DelayedScalingConfig,
     Float8LinearConfig,
     Float8LinearRecipeName,
-    ScalingType,
     recipe_fields,
 )
 from converters.float8.convert import Decision, decide, swap

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from converters.float8.config import Float8LinearConfig, ScalingType
+from converters.float8.cast_config import ScalingType
+from converters.float8.config import Float8LinearConfig
 from converters.float8.delayed import record_amax, register_delayed_state
 from converters.float8.fsdp import gathered_float8, plain, shard_for_float8_gather
 from converters.float8.gemm import check_device

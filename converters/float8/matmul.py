@@ -30,7 +30,8 @@ import torch
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
-from converters.float8.config import SECOND_USE, CastConfig, Float8LinearConfig, ScalingType
+from converters.float8.cast_config import CastConfig, ScalingType
+from converters.float8.config import SECOND_USE, Float8LinearConfig
 from converters.float8.delayed import record_amax, stored_or_dynamic_scale
 from converters.float8.fsdp import gathered_float8
 from converters.float8.gemm import Float8Operand, high_precision_mm, scaled_mm
