@@ -1,0 +1,46 @@
+"""Flags of runs whose memory is planned, and the plan."""
+
+from trainer.config.load import load
+from trainer.metrics.devices import DEVICES
+from trainer.plan.plan import make_plan
+
+DEVICE = {device.key: device for device in DEVICES}
+EIGHT_LAYERS = [
+    "--model.flavor=8B",
+    "--model.overrides.n_layers=8",
+    "--training.local_batch_size=1",
+    "--training.seq_len=8192",
+    "--activation_checkpoint.mode=none",
+    "--compile.enable",
+]
+FLOAT8 = ["--model.converters=float8", "--quantize.linear.float8.filter_fqns=output"]
+ROWWISE = [*FLOAT8, "--float8.recipe_name=rowwise"]
+WHOLE = ["--model.flavor=8B", "--training.local_batch_size=1", "--training.seq_len=8192"]
+PER_OP = ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"]
+NONE = ["--activation_checkpoint.mode=none"]
+FULL = ["--activation_checkpoint.mode=full"]
+TWO = ["--training.local_batch_size=2"]
+BF16 = ["--training.dtype=bfloat16"]
+GATHER = [*FLOAT8, "--quantize.linear.float8.enable_fsdp_float8_all_gather"]
+COMPILE = ["--compile.enable"]
+PRECOMPUTE = "--float8.precompute_float8_dynamic_scale_for_fsdp"
+ONE_PASS = "--optimizer.implementation=one_pass"
+NEVER = "--parallelism.fsdp_reshard_after_forward=never"
+IN_FLOAT8 = "--float8.saved_input=float8"
+KEEP_TURNED = "--float8.no_force_recompute_fp8_weight_in_bwd"
+FUSED = ["--model.overrides.norm_kernel=fused", "--model.overrides.swiglu_kernel=fused"]
+FORMER = [
+    "--training.loss_kernel=torch",
+    "--float8.cast_kernels=torch",
+    "--float8.no_keep_float8_shards",
+    "--parallelism.fsdp_reduce_scatter=torch",
+    "--parallelism.fsdp_single_shard=copy",
+]
+"""Of the runs whose memory was measured before there were kernels."""
+
+EMBEDDING, NORMS, LINEARS = 525_336_576, 69_632, 1_744_830_464
+"""Elements of eight layers of the 8B flavor: of the table, of all norms, of the blocks' linears."""
+
+
+def plan(flags, world_size=1, device="h100"):
+    return make_plan(load(flags, env={}), world_size, DEVICE[device])
