@@ -37,6 +37,21 @@ class Stack(nn.Module):
         return x
 
 
+def shard(model, mesh, *, reshard_after_forward, **options):
+    """FSDP2 as a run has it: bf16 computation, fp32 sums."""
+    apply_fsdp(
+        model,
+        "layers",
+        {},
+        mesh,
+        param_dtype=torch.bfloat16,
+        reduce_dtype=torch.float32,
+        reshard_after_forward=reshard_after_forward,
+        cpu_offload=False,
+        **options,
+    )
+
+
 def run(rank, world_size, how, deterministic=False):
     """Gradients of three steps with an update after each, the second of two micro-batches; peak memory."""
     torch.cuda.empty_cache()
@@ -46,17 +61,7 @@ def run(rank, world_size, how, deterministic=False):
     torch.manual_seed(0)
     model = Stack(WIDTH, LAYERS).cuda()
     mesh = init_device_mesh("cuda", (world_size,), mesh_dim_names=("dp_shard",))
-    apply_fsdp(
-        model,
-        "layers",
-        {},
-        mesh,
-        param_dtype=torch.bfloat16,
-        reduce_dtype=torch.float32,
-        reshard_after_forward=False,
-        cpu_offload=False,
-        reduce_scatter=how,
-    )
+    shard(model, mesh, reshard_after_forward=False, reduce_scatter=how)
     found = []
     for step in range(3):
         for micro_batch in range(2 if step == 1 else 1):
@@ -145,16 +150,7 @@ def float8_worker(rank, folder):
         config = Float8LinearConfig(enable_fsdp_float8_all_gather=True, keep_float8_shards=keep)
         model = convert_to_float8_training(Stack(WIDTH, 4).cuda(), config=config)
         with mock.patch("converters.float8.fsdp._PASSES_AS_BF16", formats):
-            apply_fsdp(
-                model,
-                "layers",
-                {},
-                mesh,
-                param_dtype=torch.bfloat16,
-                reduce_dtype=torch.float32,
-                reshard_after_forward=True,
-                cpu_offload=False,
-            )
+            shard(model, mesh, reshard_after_forward=True)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
             for step in range(3):
                 torch.manual_seed(10 * step + rank)

@@ -12,9 +12,11 @@
     parallelism.fsdp_reduce_scatter            bfloat16_wire where gradients    torch
                                                are bf16, or compute_pool
 
-None changes results by more than the rounding of a sum. They were measured together (`docs/performance.md`).
-A setting that is given stays as it is, and others give way to it. `activation_checkpoint.mode`, whose choice
-needs the device's memory, is resolved later by `trainer.plan.resolve`. Torch-free.
+None changes results by more than the rounding of a sum. `docs/performance.md` has what was measured with
+them; not measured by themselves are `bfloat16_wire`, chosen for the bytes it saves, and the weight that is
+cast again, for its memory. A setting that is given stays as it is, and others give way to it.
+`activation_checkpoint.mode`, whose choice needs the device's memory, is resolved later by
+`trainer.plan.resolve`. Torch-free.
 """
 
 from __future__ import annotations
