@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from parallelisms.blocks import blocks_of
 from parallelisms.fsdp_comm import GradientReduceScatter
+from parallelisms.peer_copies import PeerAllGather, PeerBuffers, check_peers
 
 
 def apply_fsdp(
@@ -41,6 +42,7 @@ def apply_fsdp(
     reduce_scatter: str = "torch",
     accumulates: bool = False,
     gathers_embedding: bool = True,
+    transport: str = "nccl",
 ) -> str:
     """Shard `model` over `mesh`, one-dimensional (FSDP) or (replicate, shard) (HSDP).
 
@@ -57,6 +59,7 @@ def apply_fsdp(
         accumulates: Several micro-batches a step, each with a reduction over the shards.
         gathers_embedding: False, on one device: FSDP2 leaves an embedding that is not tied alone, but for the
             form of its parameter; see `parallelisms.direct_weights`.
+        transport: ``parallelism.fsdp_transport``.
 
     Returns:
         What was done, for the start-up log.
@@ -79,10 +82,23 @@ def apply_fsdp(
             module.set_force_sum_reduction_for_comms(True)
             if replicas * shards > 1:  # alone, a factor would cost a division by it
                 module.set_gradient_divide_factor(1.0)
+    repeated = {id(block) for _, block in blocks_of(model, blocks)}
+    peers = _peer_buffers(mesh, transport)
     if reduce_scatter != "torch":
         temporary = cpu_offload or (replicas > 1 and accumulates)
         for modules in ([root], *(unit.modules for unit in units)):
-            GradientReduceScatter(modules, shards=shards, temporary=temporary, wire_dtype=wire).install()
+            GradientReduceScatter(
+                modules,
+                shards=shards,
+                temporary=temporary,
+                wire_dtype=wire,
+                peers=peers if wire and id(modules[0]) in repeated else None,
+            ).install()
+    if peers is not None:
+        gathers = _peer_buffers(mesh, transport)
+        for module in model.modules():
+            if isinstance(module, FSDPModule) and id(module) in repeated:
+                module.set_custom_all_gather(PeerAllGather(gathers))
     return _describe(mesh, len(units), param_dtype, reduce_dtype, reduce_scatter)
 
 
@@ -90,6 +106,14 @@ def set_replica_all_reduce(model: nn.Module, needed: bool) -> None:
     """Whether the next backward also sums over replicas: once a step is enough (shards sum every time)."""
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(needed)
+
+
+def _peer_buffers(mesh: DeviceMesh, transport: str) -> PeerBuffers | None:
+    """Buffers for copies between the ranks that `mesh` shards over; None where no copies are made."""
+    if transport != "copy_engine" or mesh.shape[-1] == 1:
+        return None
+    check_peers(mesh)
+    return PeerBuffers(mesh.get_group(mesh.ndim - 1))
 
 
 @dataclass(frozen=True)

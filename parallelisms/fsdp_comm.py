@@ -59,6 +59,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
 from kernels.sum_chunks import sum_chunks
+from parallelisms.peer_copies import PeerBuffers
 
 
 class _Input(NamedTuple):
@@ -80,6 +81,7 @@ class GradientReduceScatter(DefaultReduceScatter):
         temporary: Outputs never become gradients: they are copied to the host, or kept for replicas.
         wire_dtype: Gradients travel in this dtype and are added in fp32; None: as FSDP2 asks for, by a
             reduce-scatter.
+        peers: They travel by copies out of these buffers; None: by an all-to-all.
     """
 
     def __init__(
@@ -89,9 +91,10 @@ class GradientReduceScatter(DefaultReduceScatter):
         shards: int,
         temporary: bool,
         wire_dtype: torch.dtype | None = None,
+        peers: PeerBuffers | None = None,
     ) -> None:
         self._unit, self._shards = tuple(unit), shards
-        self._temporary, self._wire_dtype = temporary, wire_dtype
+        self._temporary, self._wire_dtype, self._peers = temporary, wire_dtype, peers
         self._input: _Input | None = None
         self._compute_stream: torch.cuda.Stream | None = None
 
@@ -111,7 +114,10 @@ class GradientReduceScatter(DefaultReduceScatter):
             return self._output(former, numel, dtype, device)
         if self._wire_dtype not in (None, dtype):
             raise RuntimeError(f"gradients of {dtype} are to be reduced, {self._wire_dtype} was to travel")
-        buffer = torch.empty(numel, dtype=dtype, device=device)
+        if self._peers is None:
+            buffer = torch.empty(numel, dtype=dtype, device=device)
+        else:
+            buffer = self._peers.lend(numel, dtype, device)
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._input = _Input(numel, buffer if self._shards == 1 else None, stream)
         return buffer
@@ -134,9 +140,22 @@ class GradientReduceScatter(DefaultReduceScatter):
         )
         # The input's owner frees both when the compute stream has waited for what follows.
         input_tensor.received = received  # type: ignore[attr-defined]
-        dist.all_to_all_single(received, input_tensor, group=group)
+        self._exchange(received, input_tensor, group)
         sum_chunks(received.view(self._shards, -1), output_tensor)
         return None
+
+    def _exchange(self, received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> None:
+        """Chunk r of `received` (N n,) is this rank's chunk of what rank r has in `sent`."""
+        if self._peers is None:
+            dist.all_to_all_single(received, sent, group=group)
+            return
+        self._peers.barrier(sent)
+        length = sent.numel() // self._shards
+        for step in range(self._shards):
+            other = (self._peers.rank + step) % self._shards
+            chunk = received.narrow(0, other * length, length)
+            self._peers.read(sent, other, self._peers.rank * length, chunk)
+        self._peers.barrier(sent)
 
     def _output(self, former: _Input, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         self._compute_stream = former.stream

@@ -188,6 +188,7 @@ def _wrap(
             reduce_scatter=config.parallelism.fsdp_reduce_scatter,
             accumulates=_accumulates(config, mesh),
             gathers_embedding=config.parallelism.fsdp_single_shard != "direct",
+            transport=config.parallelism.fsdp_transport,
         ),
     ]
 
