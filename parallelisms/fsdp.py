@@ -26,7 +26,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from parallelisms.blocks import blocks_of
 from parallelisms.fsdp_comm import GradientReduceScatter
-from parallelisms.peer_copies import PeerAllGather, PeerBuffers, check_peers
+from parallelisms.fsdp_copies import PeerAllGather
+from parallelisms.peer_memory import PeerMemory, check_peers
 
 
 def apply_fsdp(
@@ -82,38 +83,31 @@ def apply_fsdp(
             module.set_force_sum_reduction_for_comms(True)
             if replicas * shards > 1:  # alone, a factor would cost a division by it
                 module.set_gradient_divide_factor(1.0)
-    repeated = {id(block) for _, block in blocks_of(model, blocks)}
-    peers = _peer_buffers(mesh, transport)
+    copies = transport == "copy_engine" and shards > 1
     if reduce_scatter != "torch":
         temporary = cpu_offload or (replicas > 1 and accumulates)
+        peers = peer_memory(mesh) if copies and wire is not None else None
         for modules in ([root], *(unit.modules for unit in units)):
             GradientReduceScatter(
-                modules,
-                shards=shards,
-                temporary=temporary,
-                wire_dtype=wire,
-                peers=peers if wire and id(modules[0]) in repeated else None,
+                modules, shards=shards, temporary=temporary, wire_dtype=wire, peers=peers
             ).install()
-    if peers is not None:
-        gathers = _peer_buffers(mesh, transport)
-        for module in model.modules():
-            if isinstance(module, FSDPModule) and id(module) in repeated:
-                module.set_custom_all_gather(PeerAllGather(gathers))
+    if copies and not reshard_after_forward:
+        peers = peer_memory(mesh, pieces=2)  # the next unit's beside the present one's
+        for unit in units:
+            PeerAllGather(unit.modules[0], peers)
     return _describe(mesh, len(units), param_dtype, reduce_dtype, reduce_scatter)
+
+
+def peer_memory(mesh: DeviceMesh, pieces: int = 1) -> PeerMemory:
+    """Memory for copies between the ranks that `mesh` shards over, its last axis."""
+    check_peers(mesh)
+    return PeerMemory(mesh.get_group(mesh.ndim - 1), pieces)
 
 
 def set_replica_all_reduce(model: nn.Module, needed: bool) -> None:
     """Whether the next backward also sums over replicas: once a step is enough (shards sum every time)."""
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(needed)
-
-
-def _peer_buffers(mesh: DeviceMesh, transport: str) -> PeerBuffers | None:
-    """Buffers for copies between the ranks that `mesh` shards over; None where no copies are made."""
-    if transport != "copy_engine" or mesh.shape[-1] == 1:
-        return None
-    check_peers(mesh)
-    return PeerBuffers(mesh.get_group(mesh.ndim - 1))
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
 from kernels.sum_chunks import sum_chunks
-from parallelisms.peer_copies import PeerBuffers
+from parallelisms.fsdp_copies import UncopiedGradients, exchange
+from parallelisms.peer_memory import PeerMemory
 
 
 class _Input(NamedTuple):
@@ -81,7 +82,7 @@ class GradientReduceScatter(DefaultReduceScatter):
         temporary: Outputs never become gradients: they are copied to the host, or kept for replicas.
         wire_dtype: Gradients travel in this dtype and are added in fp32; None: as FSDP2 asks for, by a
             reduce-scatter.
-        peers: They travel by copies out of these buffers; None: by an all-to-all.
+        peers: They travel by copies into this memory, and without an input; None: by an all-to-all.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class GradientReduceScatter(DefaultReduceScatter):
         shards: int,
         temporary: bool,
         wire_dtype: torch.dtype | None = None,
-        peers: PeerBuffers | None = None,
+        peers: PeerMemory | None = None,
     ) -> None:
         self._unit, self._shards = tuple(unit), shards
         self._temporary, self._wire_dtype, self._peers = temporary, wire_dtype, peers
@@ -117,7 +118,7 @@ class GradientReduceScatter(DefaultReduceScatter):
         if self._peers is None:
             buffer = torch.empty(numel, dtype=dtype, device=device)
         else:
-            buffer = self._peers.lend(numel, dtype, device)
+            buffer = UncopiedGradients((numel,), dtype, device)
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._input = _Input(numel, buffer if self._shards == 1 else None, stream)
         return buffer
@@ -135,27 +136,21 @@ class GradientReduceScatter(DefaultReduceScatter):
             return super().__call__(output_tensor, input_tensor, group, op, async_op)
         if op != dist.ReduceOp.SUM or async_op:
             raise RuntimeError(f"gradients travel in {self._wire_dtype} to be summed at once, got {op}")
-        received = _empty_of(
-            self._compute_stream, input_tensor.numel(), input_tensor.dtype, input_tensor.device
-        )
-        # The input's owner frees both when the compute stream has waited for what follows.
-        input_tensor.received = received  # type: ignore[attr-defined]
-        self._exchange(received, input_tensor, group)
-        sum_chunks(received.view(self._shards, -1), output_tensor)
+        if isinstance(input_tensor, UncopiedGradients):
+            assert self._peers is not None
+            received = exchange(input_tensor, self._peers)
+        else:
+            received = self._all_to_all(input_tensor, group)
+        sum_chunks(received, output_tensor)
         return None
 
-    def _exchange(self, received: Tensor, sent: Tensor, group: dist.ProcessGroup) -> None:
-        """Chunk r of `received` (N n,) is this rank's chunk of what rank r has in `sent`."""
-        if self._peers is None:
-            dist.all_to_all_single(received, sent, group=group)
-            return
-        self._peers.barrier(sent)
-        length = sent.numel() // self._shards
-        for step in range(self._shards):
-            other = (self._peers.rank + step) % self._shards
-            chunk = received.narrow(0, other * length, length)
-            self._peers.read(sent, other, self._peers.rank * length, chunk)
-        self._peers.barrier(sent)
+    def _all_to_all(self, sent: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """What all ranks have for this one's shard, (N, n)."""
+        received = _empty_of(self._compute_stream, sent.numel(), sent.dtype, sent.device)
+        # The input's owner frees both when the compute stream has waited for what follows.
+        sent.received = received  # type: ignore[attr-defined]
+        dist.all_to_all_single(received, sent, group=group)
+        return received.view(self._shards, -1)
 
     def _output(self, former: _Input, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         self._compute_stream = former.stream

@@ -64,6 +64,7 @@ def build(
     reshard=True,
     reduce_dtype=torch.float32,
     gathers_embedding=True,
+    transport="nccl",
 ):
     """The model computes in bf16."""
     with torch.device("meta"):
@@ -82,6 +83,7 @@ def build(
         reduce_scatter=reduce_scatter,
         accumulates=accumulates,
         gathers_embedding=gathers_embedding,
+        transport=transport,
     )
     model.to_empty(device="cpu")
     torch.manual_seed(0)

@@ -76,12 +76,14 @@ class MemoryMonitor:
     def _read_gpu(self) -> tuple[int, int, int, int]:
         import torch
 
-        stats = torch.cuda.memory_stats(self.device)
+        from parallelisms.peer_memory import bytes_held
+
+        stats, outside = torch.cuda.memory_stats(self.device), bytes_held()
         self.reset()
         # The keys are absent until the first allocation.
         return (
-            stats.get("active_bytes.all.peak", 0),
-            stats.get("reserved_bytes.all.peak", 0),
+            stats.get("active_bytes.all.peak", 0) + outside,
+            stats.get("reserved_bytes.all.peak", 0) + outside,
             stats.get("num_alloc_retries", 0),
             stats.get("num_ooms", 0),
         )

@@ -1,0 +1,183 @@
+"""FSDP2's collectives as copies between the GPUs of a host, without the buffers between.
+
+FSDP2 (torch.distributed.fsdp, 2.11 to 2.13) moves every weight three times to gather it, and every gradient
+twice before it travels: into one buffer, over the wire, out of the buffer, because a collective wants one
+tensor. Copies between GPUs (`parallelisms.peer_memory`) do not:
+
+    gather     shard -> peer memory; barrier; each rank copies every part to where the whole weight lies; barrier
+    reduce     barrier; each rank copies its gradients' parts into their owners' peer memory; barrier; sum
+
+A kernel on the compute stream is saved for each: the copy out of the gather buffer (4 bytes a bf16 weight, of
+which FSDP2 makes one for every gather) and the copy into the reduction's (4 bytes a bf16 gradient).
+
+FSDP2 asks for the two buffers, calls its own operators to copy into and out of them, and hands them to an
+object of ours. A `Placeholder` is given in a buffer's place: a tensor without memory, to which those operators
+only say what would have been copied.
+
+A gathered weight must have a place to lie in while the compute stream is still busy: so they are kept in
+place over the steps. That is what ``fsdp_reshard_after_forward = "never"`` holds at its peak anyway; where
+weights are freed after forward, NCCL gathers them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+# `FSDPModule.set_custom_all_gather` is public, what it takes has no public home yet (torch 2.13).
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
+
+from parallelisms.peer_memory import Lent, PeerMemory
+
+aten, fsdp = torch.ops.aten, torch.ops.fsdp
+
+
+class Placeholder(torch.Tensor):
+    """Stands for a buffer (numel,), in any shape."""
+
+    whole: Placeholder
+    """What this is a view of; itself where it is none."""
+
+    @staticmethod
+    def __new__(cls, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Placeholder:  # noqa: D102
+        self = torch.Tensor._make_wrapper_subclass(cls, tuple(size), dtype=dtype, device=device)
+        self.whole = self
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not aten.view.default:
+            raise NotImplementedError(f"{func} of {cls.__name__}, which stands for a buffer of FSDP2's")
+        self, shape = args
+        known = math.prod(length for length in shape if length != -1)
+        view = cls([length if length != -1 else self.numel() // known for length in shape], self.dtype, self.device)
+        view.whole = self.whole
+        return view
+
+
+class UncopiedGradients(Placeholder):
+    """The buffer that gradients would be copied into, to be reduced."""
+
+    gradients: list[Tensor]
+    """Alive as long as this: until the compute stream has waited for their reduction."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is fsdp.chunk_cat.default:
+            kwargs["out"].whole.gradients = list(args[0])
+            return None
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def parts(self, rank: int, ranks: int) -> Iterator[tuple[int, Tensor]]:
+        """Rows that `rank` owns of each gradient (a matrix or a vector), and where in its shard they begin.
+
+        Uneven shards are as long as the longest; nothing is said of the elements behind a shorter one's.
+        """
+        start = 0
+        for gradient in self.gradients:
+            rows = -(-len(gradient) // ranks)
+            yield start, gradient[rank * rows : (rank + 1) * rows].to(self.dtype).reshape(-1)
+            start += rows * (gradient.numel() // len(gradient))
+
+
+def exchange(sent: UncopiedGradients, memory: PeerMemory) -> Tensor:
+    """What all ranks have for this one's shard: (N, n), in their order; good until `memory` lends again."""
+    lent = memory.lend(sent.numel(), sent.dtype, sent.device)
+    lent.barrier()
+    for rank in memory.others_first():
+        mine_there = lent.of(rank).view(memory.ranks, -1)[memory.rank]
+        for start, part in sent.parts(rank, memory.ranks):
+            mine_there.narrow(0, start, part.numel()).copy_(part, non_blocking=True)
+    lent.barrier(last=True)
+    return lent.of(memory.rank).view(memory.ranks, -1)
+
+
+class PendingGather(Placeholder):
+    """The buffer that a unit's shards would be gathered into."""
+
+    lent: Lent
+    """This rank's shards (n,)."""
+    sizes: list[int]
+    """Of the shards of its weights."""
+    arrived: Tensor | None = None
+    """(N n,), where the weights have no place to lie in yet."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is fsdp.all_gather_copy_in.default:
+            shards, output, sizes, numel, rank = args
+            output.sizes = sizes
+            own = output.lent.of(rank)[:numel]
+            torch._foreach_copy_(own.split(sizes), shards)
+            return own, output
+        if func is fsdp.split_with_sizes_copy.default:
+            view, *sizes_and_dim = args
+            if view.whole.arrived is not None:
+                torch.split_with_sizes_copy(view.whole.arrived.view(view.shape), *sizes_and_dim, **kwargs)
+            return None
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class PeerAllGather(DefaultAllGather):
+    """Gathers the weights of `module`, an FSDP unit, to where they stay."""
+
+    def __init__(self, module: FSDPModule, memory: PeerMemory) -> None:
+        self._memory = memory
+        group = module._get_fsdp_state()._fsdp_param_group
+        self._parameters = [] if group is None else group.fsdp_params
+        module.set_custom_all_gather(self)
+        for parameter in self._parameters:
+            parameter.free_unsharded_param = _keep
+
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """What stands for the buffer of all shards (N n,)."""
+        numel = math.prod(int(length) for length in size)
+        pending = PendingGather((numel,), dtype, device)
+        pending.lent = self._memory.lend(numel // self._memory.ranks, dtype, device)
+        return pending
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        """Copy all ranks' shards to the weights' places or, the first time, to a buffer."""
+        assert isinstance(output_tensor, PendingGather)
+        pending, sizes = output_tensor, output_tensor.sizes
+        places = self._places(pending.dtype)
+        if places is None:
+            pending.arrived = torch.empty(pending.shape, dtype=pending.dtype, device=pending.device)
+            places, sizes = [pending.arrived], [len(input_tensor)]
+        pending.lent.barrier()
+        with torch.autograd._unsafe_preserve_version_counter(tuple(places)):
+            for rank in self._memory.others_first():
+                for place, shard in zip(places, pending.lent.of(rank).split(sizes), strict=True):
+                    place.narrow(0, rank * len(shard), len(shard)).copy_(shard, non_blocking=True)
+        pending.lent.barrier(last=True)
+        return None
+
+    def _places(self, dtype: torch.dtype) -> list[Tensor] | None:
+        """Where FSDP2 wants each weight, rank by rank; None before it has made them, or if it turns them."""
+        if any(parameter.fsdp_placement.dim != 0 for parameter in self._parameters):
+            return None
+        places = [place for parameter in self._parameters for place in parameter.all_gather_outputs]
+        if not places or not all(place.untyped_storage().size() for place in places):
+            return None
+        return [place.view(dtype) for place in places]
+
+
+def _keep() -> None:
+    """In place of what frees a gathered weight."""

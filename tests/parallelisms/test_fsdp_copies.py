@@ -1,0 +1,147 @@
+"""FSDP2 by copies between ranks: what weights and gradients become, and what no longer travels or is copied.
+
+Four processes of a CPU share files in place of GPUs that share memory.
+"""
+
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from parallelisms import fsdp_copies
+from parallelisms.peer_memory import bytes_held
+from tests.parallelisms.shared_memory import SharedMemory
+from tests.parallelisms.test_fsdp import LAYERS, LAYOUTS, Traffic, backward, build, gradients
+
+COPIED = [name for name, (_, shards, _) in LAYOUTS.items() if shards > 1]
+UNITS = LAYERS + 2
+
+
+class Copies(TorchDispatchMode):
+    """Calls of the operators with which FSDP2 copies into and out of its buffers, where those are buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fsdp" and not any(issubclass(t, fsdp_copies.Placeholder) for t in types):
+            self.calls.append(func._schema.name.removeprefix("fsdp::"))
+        return func(*args, **(kwargs or {}))
+
+
+def three_steps(layout, transport, folder, *, micro_batches=1, **options):
+    """Gradients of three steps with updates between; collectives and copies of the second."""
+    memory = []
+
+    def shared(mesh, pieces=1):
+        group = mesh.get_group(mesh.ndim - 1)
+        place = Path(folder) / f"{len(memory)}-{group.group_name}"
+        place.mkdir(parents=True, exist_ok=True)
+        memory.append(SharedMemory(group, place, pieces))
+        return memory[-1]
+
+    with mock.patch("parallelisms.fsdp.peer_memory", shared):
+        accumulates = micro_batches > 1
+        model, _ = build(layout, "bfloat16_wire", transport=transport, accumulates=accumulates, **options)
+    found = []
+    for step in range(3):
+        with Traffic() as traffic, Copies() as copies:
+            backward(model, micro_batches, step)
+        found.append(gradients(model))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.to_local().sub_(parameter.grad.to_local(), alpha=0.1)
+        model.zero_grad()
+        if step == 1:
+            counts = dict(traffic.calls), list(copies.calls)
+    return found, *counts, sum(each.made for each in memory)
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
+    cases = {(name, reshard): {"reshard": reshard} for name in COPIED for reshard in (False, True)}
+    cases["fsdp", "accumulated"] = {"reshard": False, "micro_batches": 2}
+    cases["hsdp", "accumulated"] = {"reshard": False, "micro_batches": 2}
+    cases["fsdp", "tied"] = {"reshard": False, "tied": True}
+    found = {}
+    for (name, case), options in cases.items():
+        for transport in ("nccl", "copy_engine"):
+            place = f"{folder}/{name}-{case}"
+            found[name, case, transport] = three_steps(LAYOUTS[name], transport, place, **options)
+    torch.save((found, bytes_held()), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """What each of four ranks found."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(worker, args=(folder,), nprocs=4)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(4)]
+
+
+def test_gradients_are_those_of_an_all_to_all(ranks):
+    """Bit for bit, step by step, with weights that change between them."""
+    for found, _ in ranks:
+        for (name, case, transport), (got, *_) in found.items():
+            want = found[name, case, "nccl"][0]
+            for mine, theirs in zip(got, want, strict=True):
+                assert mine.keys() == theirs.keys()
+                assert all(torch.equal(mine[fqn], theirs[fqn]) for fqn in theirs), (name, case, transport)
+            assert not all(torch.equal(want[0][fqn], want[2][fqn]) for fqn in want[0])
+
+
+def test_nothing_is_gathered_exchanged_or_copied_twice(ranks):
+    for found, _ in ranks:
+        for name, case in {key[:2] for key in found}:
+            _, calls, copies, _ = found[name, case, "nccl"]
+            assert calls["alltoall_base"] > 0
+            assert {"chunk_cat", "split_with_sizes_copy"} <= set(copies)
+            _, calls, copies, _ = found[name, case, "copy_engine"]
+            assert "alltoall_base" not in calls
+            assert "chunk_cat" not in copies
+            if case is not True:
+                assert "allgather_base" not in calls
+                assert not copies
+            elif name == "fsdp":
+                assert calls["allgather_base"] == 2 * LAYERS + 1 + 1
+
+
+def test_memory_is_made_once(ranks):
+    """A piece for sums, two for gathers: the sizes are as good as equal here."""
+    for found, held in ranks:
+        assert {key: result[3] for key, result in found.items() if key[2] == "copy_engine"} == {
+            key: 1 if key[1] is True else 3 for key in found if key[2] == "copy_engine"
+        }
+        assert held == 16 * 2**20 * sum(result[3] for result in found.values())
+
+
+def test_a_placeholder_is_nothing_but_its_shape():
+    buffer = fsdp_copies.UncopiedGradients((12,), torch.bfloat16, torch.device("cpu"))
+    assert buffer.view(4, -1).shape == (4, 3)
+    assert buffer.view(4, -1).whole is buffer
+    with pytest.raises(NotImplementedError, match="mul.* of UncopiedGradients, which stands for a buffer"):
+        buffer * 2
+
+
+def test_parts_of_gradients_lie_as_torch_lays_them():
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(size, generator=generator).bfloat16() for size in ((8, 3), (7, 2), (1,), (10,))]
+    for ranks in (1, 2, 3, 4):
+        rows = sum(-(-len(g) // ranks) * (g.numel() // len(g)) for g in gradients)
+        want = torch.zeros(ranks, rows).bfloat16()
+        torch._chunk_cat(gradients, 0, ranks, out=want)
+        buffer = fsdp_copies.UncopiedGradients((ranks * rows,), torch.bfloat16, torch.device("cpu"))
+        torch.ops.fsdp.chunk_cat(gradients, dim=0, num_chunks=ranks, out=buffer.view(ranks, -1))
+        got = torch.zeros(ranks, rows).bfloat16()
+        for rank in range(ranks):
+            for start, part in buffer.parts(rank, ranks):
+                got[rank, start : start + len(part)] = part
+        assert torch.equal(got, want)
