@@ -52,7 +52,7 @@ def train(model, bad):
 
 
 def test_kernels_give_amaxes_with_the_same_bits(monkeypatch):
-    """Of each graph three: of the inputs of wq, wk and wv, of w1 and w3, and of w2; of dY of w1, w3 and wo."""
+    """Three of each graph: of the inputs of wq, wk and wv, of w1 and w3, of w2; of dY of w1, w3 and wo."""
     counts, call = [], AmaxFromProducer.__call__
 
     def counting(self, graph):

@@ -111,7 +111,7 @@ def test_neither_does_a_snapshot_that_cannot_be_written(tmp_path, monkeypatch, c
     from trainer.metrics.config import ProfilingConfig
 
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **kwargs: None)
-    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {})
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", dict)
     (tmp_path / "memory_snapshot").write_text("in the way")
     config = ProfilingConfig(enable_memory_snapshot=True)
     with pytest.raises(torch.OutOfMemoryError), MemorySnapshotRecorder(config, tmp_path, device="cuda"):
