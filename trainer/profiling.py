@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -179,7 +179,10 @@ class MemorySnapshotRecorder:
         import torch
 
         if isinstance(exc, torch.OutOfMemoryError):
-            self._write(f"iteration_{self._step + 1}_exit")
+            try:
+                self._write(f"iteration_{self._step + 1}_exit")
+            except Exception as error:  # a full disk, say: `exc` is what the run ends with
+                logger.warning("memory snapshot: not written: %s", error)
         torch.cuda.memory._record_memory_history(enabled=None)
 
     def _write(self, name: str) -> None:
@@ -198,9 +201,13 @@ def resident_bytes(
 ) -> dict[str, int]:
     """Bytes on this device of parameters, their gradients and the optimizer's state.
 
-    Sharded tensors count with their local part, and a storage that several tensors share counts once.
+    The optimizers' own parameters count too: in forward and backward the modules may hold copies of them.
+    Sharded tensors count with their local part, wrappers with what they wrap, and a storage that several
+    tensors share counts once.
     """
-    params = list(parameters)
+    optimizers = list(optimizers)
+    groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
+    params = [*parameters, *(p for group in groups for p in group)]
     states = [
         value
         for optimizer in optimizers
@@ -218,12 +225,50 @@ def resident_bytes(
 def _storage_bytes(tensors: Iterable[Any]) -> int:
     sizes: dict[int, int] = {}
     for tensor in tensors:
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        if local.device.type == "meta":
-            continue
-        storage = local.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
+        for part in _parts_with_storage(tensor):
+            if part.device.type != "meta":
+                storage = part.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
+
+
+def _parts_with_storage(tensor: Any) -> Iterator[Any]:
+    """What a DTensor or another wrapper is made of, down to tensors with memory of their own."""
+    import torch
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for part in (getattr(tensor, name) for name in names):
+        if isinstance(part, torch.Tensor):  # since torch 2.13 a DTensor names its mesh as well
+            yield from _parts_with_storage(part)
+
+
+def explain_out_of_memory(
+    exc: BaseException,
+    device: torch.device | str,
+    parameters: Iterable[torch.Tensor],
+    optimizers: Iterable[torch.optim.Optimizer],
+    settings: Mapping[str, Any],
+) -> str:
+    """`oom_message` with the bytes of these parameters and optimizers.
+
+    It never fails: what cannot be counted is left out, with a warning.
+    """
+    resident = _if_it_can_be_had(lambda: resident_bytes(parameters, optimizers))
+    return oom_message(exc, device=device, resident=resident, settings=settings)
+
+
+def _if_it_can_be_had(figures: Callable[[], dict[str, int]]) -> dict[str, int]:
+    """A report that fails would stand in place of the error it is about."""
+    try:
+        return figures()
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        logger.warning("out of memory, and the report on it is incomplete: %s", what)
+        return {}
 
 
 def oom_message(
@@ -243,7 +288,8 @@ def oom_message(
             as low as it goes is not suggested; one that is not given is, without its value.
     """
     lines = [_first_sentences(str(exc))]
-    figures = [f"{name} {_gib(size)}" for name, size in _allocator_bytes(device).items()]
+    allocator = _if_it_can_be_had(lambda: _allocator_bytes(device))
+    figures = [f"{name} {_gib(size)}" for name, size in allocator.items()]
     if resident:
         figures += [f"{name} {_gib(size)}" for name, size in resident.items()]
     if figures:

@@ -71,8 +71,11 @@ def _failed(
     error: Exception, rank: int, trainer: Trainer | None, folder: Path | None, argv: Sequence[str]
 ) -> int:
     """Say what went wrong, leave it for the crash report, and give the exit code."""
+    import torch
+
     from trainer.checkpoint.files import EXIT_CHECKPOINT, CheckpointError
     from trainer.config.errors import EXIT_BAD_INPUT, ConfigError
+    from trainer.profiling import oom_message
     from trainer.resilience.bad_steps import BadStepsError
     from trainer.resilience.crash_report import failure_note, leave_failure
     from trainer.trainer import DeviceMemoryError
@@ -90,9 +93,11 @@ def _failed(
         if rank != 0:
             time.sleep(_OTHERS_FIRST_SECONDS)
         print(error if isinstance(error, ConfigError) else f"error: {error}", file=sys.stderr)
-    elif isinstance(error, DeviceMemoryError):
+    elif isinstance(error, (DeviceMemoryError, torch.OutOfMemoryError)):
         code = EXIT_OUT_OF_MEMORY
-        log.error("%s", error)
+        if not isinstance(error, DeviceMemoryError):  # met where nobody explains it: when restoring, say
+            what = oom_message(error, device="cuda" if torch.cuda.is_initialized() else None)
+        log.error("%s", what)
     else:
         code, what = _unexpected(error, rank, trainer)
     if not isinstance(error, ConfigError):

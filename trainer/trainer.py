@@ -52,7 +52,7 @@ from trainer.metrics.logger import MetricsLogger
 from trainer.optim.clipping import clip_for
 from trainer.optim.optimizer import build_optimizer
 from trainer.optim.schedule import build_lr_scheduler
-from trainer.profiling import MemorySnapshotRecorder, TraceRecorder, oom_message, resident_bytes
+from trainer.profiling import MemorySnapshotRecorder, TraceRecorder, explain_out_of_memory
 from trainer.resilience.faults import Faults
 from trainer.resilience.signals import SignalWatch
 from trainer.run_folder import open_run_folder, write_records
@@ -321,11 +321,10 @@ class Trainer:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            held = {}
-            if hasattr(self, "optimizer"):
-                held = resident_bytes(self.model.parameters(), [self.optimizer])
+            optimizers = [self.optimizer] if hasattr(self, "optimizer") else []
+            parameters = self.model.parameters() if optimizers else ()
             settings = dict(self.loaded.values)
-            message = oom_message(error, device=self.device, resident=held, settings=settings)
+            message = explain_out_of_memory(error, self.device, parameters, optimizers, settings)
             raise DeviceMemoryError(message) from error
 
 

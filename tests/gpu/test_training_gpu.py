@@ -83,9 +83,23 @@ def test_deterministic_runs_are_equal_to_the_last_digit(train):
     assert run(train, *flags, name="one").losses == run(train, *flags, name="two").losses
 
 
-def test_out_of_memory_says_what_lowers_it(train):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        (
+            "--model.converters=float8",
+            "--float8.filter_fqns=output",
+            "--float8.enable_fsdp_float8_all_gather",
+            "--float8.precompute_float8_dynamic_scale_for_fsdp",
+        ),
+    ],
+    ids=["bf16", "float8 weights"],
+)
+def test_out_of_memory_says_what_lowers_it(train, flags):
     done = run(
         train,
+        *flags,
         "--training.seq_len=65536",
         "--training.local_batch_size=64",
         "--training.global_batch_size=-1",
