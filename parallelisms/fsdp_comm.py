@@ -59,7 +59,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
 from kernels.sum_chunks import sum_chunks
-from parallelisms.fsdp_copies import UncopiedGradients, exchange
+from parallelisms.fsdp_copies import PeerExchange, UncopiedGradients
 from parallelisms.peer_memory import PeerMemory
 
 
@@ -95,7 +95,8 @@ class GradientReduceScatter(DefaultReduceScatter):
         peers: PeerMemory | None = None,
     ) -> None:
         self._unit, self._shards = tuple(unit), shards
-        self._temporary, self._wire_dtype, self._peers = temporary, wire_dtype, peers
+        self._temporary, self._wire_dtype = temporary, wire_dtype
+        self._exchange = None if peers is None else PeerExchange(peers)
         self._input: _Input | None = None
         self._compute_stream: torch.cuda.Stream | None = None
 
@@ -115,7 +116,7 @@ class GradientReduceScatter(DefaultReduceScatter):
             return self._output(former, numel, dtype, device)
         if self._wire_dtype not in (None, dtype):
             raise RuntimeError(f"gradients of {dtype} are to be reduced, {self._wire_dtype} was to travel")
-        if self._peers is None:
+        if self._exchange is None:
             buffer = torch.empty(numel, dtype=dtype, device=device)
         else:
             buffer = UncopiedGradients((numel,), dtype, device)
@@ -137,8 +138,8 @@ class GradientReduceScatter(DefaultReduceScatter):
         if op != dist.ReduceOp.SUM or async_op:
             raise RuntimeError(f"gradients travel in {self._wire_dtype} to be summed at once, got {op}")
         if isinstance(input_tensor, UncopiedGradients):
-            assert self._peers is not None
-            received = exchange(input_tensor, self._peers)
+            assert self._exchange is not None
+            received = self._exchange(input_tensor)
         else:
             received = self._all_to_all(input_tensor, group)
         sum_chunks(received, output_tensor)

@@ -74,6 +74,8 @@ class PeerMemory:
 
     def __init__(self, group: dist.ProcessGroup, pieces: int = 1) -> None:
         self.rank, self.ranks = group.rank(), group.size()
+        self.others_first = [(self.rank + step) % self.ranks for step in range(1, self.ranks + 1)]
+        """All ranks. Each begins with another one, so that no link is busier than the rest."""
         self._group = group
         self._pieces: list[Piece | None] = [None] * pieces
         self._turn = 0
@@ -88,10 +90,6 @@ class PeerMemory:
         elif piece.done is not None:
             torch.cuda.current_stream(device).wait_event(piece.done)
         return Lent(piece, numel, dtype)
-
-    def others_first(self) -> list[int]:
-        """All ranks, this one last; each rank begins with another, so that no link is busier than the rest."""
-        return [(self.rank + step) % self.ranks for step in range(1, self.ranks + 1)]
 
     def _replaced(self, turn: int, size: int, device: torch.device) -> Piece:
         global _held

@@ -143,7 +143,7 @@ def out_of(whole):
 
 
 def float8_worker(rank, folder):
-    """Losses of three steps, where float8 travels as bf16 and where as bytes, shards kept or not, by copies."""
+    """Losses of three steps, where float8 travels as bf16, as bytes, out of kept shards, and by copies."""
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = init_device_mesh("cuda", (2,), mesh_dim_names=("dp_shard",))
