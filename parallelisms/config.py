@@ -22,9 +22,9 @@ class ParallelismConfig:
     """Where sharded gradients lie and how they travel: in a memory pool of their own (`torch`), in that of
     the computation, or there after travelling in bf16; the sum is fp32 in all three. `auto`: on GPUs the last
     where it can be."""
-    fsdp_transport: Literal["nccl", "copy_engine"] = "nccl"
-    """Gather by NCCL's kernels, or by copies between the GPUs of one host, which take no multiprocessors from
-    the computation; gradients too, where fsdp_reduce_scatter is bfloat16_wire."""
+    fsdp_transport: Literal["auto", "nccl", "copy_engine"] = "auto"
+    """Move gradients (with `bfloat16_wire`), and weights that are not resharded, by NCCL's kernels, or by
+    copies between the GPUs of one host, which hold no multiprocessors; `auto` copies where it can."""
     fsdp_single_shard: Literal["auto", "copy", "direct"] = "auto"
     """On one device alone: gather and reduce as on many (`copy`), or keep a bf16 copy of the weights over
     steps and take gradients from where backward left them (`direct`); `auto` does on a GPU where it can."""

@@ -50,7 +50,7 @@ class Placeholder(torch.Tensor):
 
     @property
     def whole(self) -> Any:
-        """The buffer that this is, or is a view of; no attribute, since a cycle would keep its tensors alive."""
+        """The buffer that this is, or is a view of; a cycle would keep its tensors alive."""
         return self if self.base is None else self.base
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:

@@ -113,11 +113,25 @@ class PeerMemory:
         return Piece(peers, handle.barrier)
 
 
+def reach_each_other(device: torch.device, world_size: int) -> bool:
+    """Whether all processes are on this host, with a GPU each that can use the memory of all others."""
+    if device.type != "cuda" or _processes_here(world_size) != world_size:
+        return False
+    if torch.cuda.device_count() < world_size:  # each process sees its own alone
+        return False
+    gpus = range(world_size)
+    return all(torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus if a != b)
+
+
 def check_peers(mesh: DeviceMesh) -> None:
     """Raise ValueError where the shards of `mesh` (its last axis) are not on CUDA GPUs of one host."""
     if mesh.device_type != "cuda":
         raise ValueError("copies between GPUs need CUDA GPUs")
     ranks = dist.get_process_group_ranks(mesh.get_group(mesh.ndim - 1))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    local = _processes_here(dist.get_world_size())
     if len({rank // local for rank in ranks}) > 1:
         raise ValueError(f"copies between GPUs need all shards on one host; ranks {ranks} are on several")
+
+
+def _processes_here(world_size: int) -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

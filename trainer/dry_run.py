@@ -159,7 +159,8 @@ def _eager(config: JobConfig) -> JobConfig:
         config,
         compile=replace(config.compile, enable=False),
         activation_checkpoint=recompute,
-        parallelism=replace(config.parallelism, enable_async_tensor_parallel=False),  # the compiler's too
+        # The first is the compiler's too, the second GPUs'.
+        parallelism=replace(config.parallelism, enable_async_tensor_parallel=False, fsdp_transport="nccl"),
     )
 
 

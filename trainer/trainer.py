@@ -31,6 +31,7 @@ from parallelisms.distributed import (
     shared_seed,
 )
 from parallelisms.mesh import build_mesh
+from parallelisms.peer_memory import check_peers, reach_each_other
 from trainer import startup
 from trainer.build import build_model, offloads
 from trainer.checkpoint.changes import flat_settings
@@ -68,8 +69,8 @@ class Trainer:
     """One rank of a training run; `signals` are the requests to stop that it follows."""
 
     def __init__(self, loaded: Loaded, rank: Rank, signals: SignalWatch | None = None):
-        kernels = runs_triton(rank.device)
-        config = with_device_defaults(loaded.config, kernels=kernels, world_size=rank.world_size)
+        kernels, peers = runs_triton(rank.device), reach_each_other(rank.device, rank.world_size)
+        config = with_device_defaults(loaded.config, kernels=kernels, world_size=rank.world_size, peers=peers)
         self.loaded, self.config, self.rank, self.device = loaded, config, rank, rank.device
 
         # 1. Processes: compilers, group, mesh, seed.
@@ -83,6 +84,9 @@ class Trainer:
             cpu_collectives=offloads(config, rank.device),
         )
         self.mesh = build_mesh(config.parallelism, self.device.type, rank.world_size)
+        if config.parallelism.fsdp_transport == "copy_engine":
+            with _as_config_error(loaded, "parallelism.fsdp_transport"):
+                check_peers(self.mesh.fsdp)
         self.checkpoints = CheckpointManager(loaded)
         self.seed = shared_seed(self.checkpoints.seed(config.debug.seed), self.device)
         self.batch = derived.batch_arithmetic(config, rank.world_size)

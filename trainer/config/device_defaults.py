@@ -11,12 +11,12 @@
     parallelism.fsdp_single_shard              direct, where it may be          copy
     parallelism.fsdp_reduce_scatter            bfloat16_wire where gradients    torch
                                                are bf16, or compute_pool
+    parallelism.fsdp_transport                 copy_engine where gradients      nccl
+                                               travel so within one host
 
 None changes results by more than the rounding of a sum. `docs/performance.md` has what was measured with
-them; not measured by themselves are `bfloat16_wire`, chosen for the bytes it saves, and the weight that is
-cast again, for its memory. A setting that is given stays as it is, and others give way to it.
-`activation_checkpoint.mode`, whose choice needs the device's memory, is resolved later by
-`trainer.plan.resolve`. Torch-free.
+them. A setting that is given stays as it is, and others give way to it. `activation_checkpoint.mode`, whose
+choice needs the device's memory, is resolved later by `trainer.plan.resolve`. Torch-free.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ from typing import Any
 from trainer.config.derived import batch_arithmetic, dp_shard_degree, model_config
 
 
-def with_device_defaults(config: Any, *, kernels: bool, world_size: int) -> Any:
+def with_device_defaults(config: Any, *, kernels: bool, world_size: int, peers: bool = False) -> Any:
     """The config of a run with every ``auto`` of the table replaced.
 
     Args:
         config: Checked.
         kernels: Whether Triton kernels run on its devices.
         world_size: Processes.
+        peers: They have a GPU each, on one host, that can use the others' memory.
     """
     training, compiles = config.training, config.compile
     if training.loss_kernel == "auto":
         asked = compiles.enable and compiles.components == ["loss"]  # for a compiled loss, and nothing else
         training = replace(training, loss_kernel="fused" if kernels and not asked else "torch")
-    parallelism = _parallelism(config, kernels, world_size)
+    parallelism = _parallelism(config, kernels, world_size, peers)
     float8 = _float8(config, kernels)
     if float8.keep_float8_shards == "auto":
         keeps = kernels and _gathers_float8_again(config, parallelism, world_size)
@@ -97,11 +98,12 @@ def _gathers_float8_again(config: Any, parallelism: Any, world_size: int) -> boo
     return again or parallelism.reshards_after_forward(shards)
 
 
-def _parallelism(config: Any, kernels: bool, world_size: int) -> Any:
+def _parallelism(config: Any, kernels: bool, world_size: int, peers: bool) -> Any:
     section, training = config.parallelism, config.training
     float8 = config.quantize.linear.float8
     pooled = kernels and training.dtype == "float32" and not training.enable_cpu_offload
     single, reduce_scatter = section.fsdp_single_shard, section.fsdp_reduce_scatter
+    transport = section.fsdp_transport
     if single == "auto":
         alone = (
             pooled
@@ -114,13 +116,16 @@ def _parallelism(config: Any, kernels: bool, world_size: int) -> Any:
             and float8.keep_float8_shards is not True
         )
         single = "direct" if alone else "copy"
-    if reduce_scatter == "auto":
-        reduce_scatter = _reduce_scatter(config, world_size) if pooled and single == "copy" else "torch"
-    return replace(section, fsdp_single_shard=single, fsdp_reduce_scatter=reduce_scatter)
-
-
-def _reduce_scatter(config: Any, world_size: int) -> str:
-    section = config.parallelism
     shards = dp_shard_degree(config, world_size) * section.context_parallel_degree
-    narrow = config.training.mixed_precision_param == "bfloat16" and section.pipeline_parallel_degree == 1
-    return "bfloat16_wire" if shards > 1 and narrow else "compute_pool"
+    if reduce_scatter == "auto" and transport == "copy_engine":
+        reduce_scatter = "bfloat16_wire"
+    elif reduce_scatter == "auto":
+        narrow = training.mixed_precision_param == "bfloat16" and section.pipeline_parallel_degree == 1
+        best = "bfloat16_wire" if shards > 1 and narrow else "compute_pool"
+        reduce_scatter = best if pooled and single == "copy" else "torch"
+    if transport == "auto":
+        copies = peers and shards > 1 and reduce_scatter == "bfloat16_wire"
+        transport = "copy_engine" if copies and not training.enable_cpu_offload else "nccl"
+    return replace(
+        section, fsdp_single_shard=single, fsdp_reduce_scatter=reduce_scatter, fsdp_transport=transport
+    )

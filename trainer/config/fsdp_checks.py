@@ -9,6 +9,7 @@ from trainer.config.load import Loaded
 
 _REDUCE = "parallelism.fsdp_reduce_scatter"
 _SINGLE = "parallelism.fsdp_single_shard"
+_TRANSPORT = "parallelism.fsdp_transport"
 
 
 def fsdp_problems(loaded: Loaded) -> Iterator[Problem]:
@@ -23,6 +24,8 @@ def fsdp_problems(loaded: Loaded) -> Iterator[Problem]:
                 "'bfloat16_wire' would sum a pipeline's micro-batches in bf16; allowed: torch, compute_pool"
             )
             yield loaded.problem(_REDUCE, message)
+    if p.fsdp_transport == "copy_engine":
+        yield from _transport_problems(loaded)
     if p.fsdp_single_shard != "direct":
         return
     float8 = c.quantize.linear.float8
@@ -43,6 +46,25 @@ def fsdp_problems(loaded: Loaded) -> Iterator[Problem]:
         ),
     }
     yield from (loaded.problem(_SINGLE, f"'direct' {reason}") for reason, true in refused.items() if true)
+
+
+def _transport_problems(loaded: Loaded) -> Iterator[Problem]:
+    c, p = loaded.config, loaded.config.parallelism
+    refused = {
+        "sends gradients in bf16, and training.mixed_precision_param is float32": (
+            c.training.mixed_precision_param == "float32"
+        ),
+        "would sum a pipeline's micro-batches in bf16; allowed: nccl": p.pipeline_parallel_degree > 1,
+        "copies between GPUs, training.enable_cpu_offload keeps weights on the host": (
+            c.training.enable_cpu_offload
+        ),
+        f"needs {_REDUCE} 'bfloat16_wire', got {p.fsdp_reduce_scatter!r}": (
+            p.fsdp_reduce_scatter not in ("auto", "bfloat16_wire")
+        ),
+    }
+    for reason, true in refused.items():
+        if true:
+            yield loaded.problem(_TRANSPORT, f"'copy_engine' {reason}")
 
 
 def single_shard_problems(loaded: Loaded, world_size: int, accumulation_steps: int) -> Iterator[Problem]:

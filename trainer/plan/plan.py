@@ -88,7 +88,9 @@ def make_plan(loaded: Loaded, world_size: int, device: Device) -> Plan:
     kind = "cpu" if device.key == "cpu" else "cuda"
     if problems:
         raise ConfigError([*problems, *_converter_problems(loaded.config, kind)])
-    config = with_device_defaults(loaded.config, kernels=kind == "cuda", world_size=world_size)
+    gpus = kind == "cuda"
+    peers = gpus and world_size <= device.devices_per_host
+    config = with_device_defaults(loaded.config, kernels=gpus, world_size=world_size, peers=peers)
     layout = build_layout(config, world_size, device.devices_per_host)
     notes = tuple(checks.warnings(loaded))
     return _plan(config, layout, read_model(config, layout, kind), device, notes)

@@ -10,8 +10,9 @@ FLOAT8 = "--quantize.linear.float8"
 CONVERT = "--model.converters=float8"
 
 
-def chosen(flags, *, kernels=True, world_size=1):
-    config = with_device_defaults(load(flags, env={}).config, kernels=kernels, world_size=world_size)
+def chosen(flags, *, kernels=True, world_size=1, peers=False):
+    loaded = load(flags, env={})
+    config = with_device_defaults(loaded.config, kernels=kernels, world_size=world_size, peers=peers)
     float8, parallelism = config.quantize.linear.float8, config.parallelism
     return {
         "loss": config.training.loss_kernel,
@@ -19,6 +20,7 @@ def chosen(flags, *, kernels=True, world_size=1):
         "input": float8.saved_input,
         "single": parallelism.fsdp_single_shard,
         "reduce": parallelism.fsdp_reduce_scatter,
+        "transport": parallelism.fsdp_transport,
         "kept": float8.keep_float8_shards,
         "recast": float8.force_recompute_fp8_weight_in_bwd,
     }
@@ -31,6 +33,7 @@ def test_without_kernels_everything_is_torchs():
         "input": "high_precision",
         "single": "copy",
         "reduce": "torch",
+        "transport": "nccl",
         "kept": False,
         "recast": False,
     }
@@ -43,14 +46,16 @@ def test_one_gpu():
         "input": "float8",
         "single": "direct",
         "reduce": "torch",
+        "transport": "nccl",
         "kept": False,
         "recast": False,
     }
 
 
-def test_two_gpus():
-    found = chosen([ONE_PASS, CONVERT], world_size=2)
-    assert (found["single"], found["reduce"]) == ("copy", "bfloat16_wire")
+@pytest.mark.parametrize(("peers", "transport"), [(True, "copy_engine"), (False, "nccl")])
+def test_two_gpus(peers, transport):
+    found = chosen([ONE_PASS, CONVERT], world_size=2, peers=peers)
+    assert (found["single"], found["reduce"], found["transport"]) == ("copy", "bfloat16_wire", transport)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +72,29 @@ def test_two_gpus():
     ],
 )
 def test_gradients_travel_in_bf16_where_they_are_sharded_and_reduced_at_once(flags, reduce):
-    assert chosen(flags, world_size=4)["reduce"] == reduce
+    found = chosen(flags, world_size=4, peers=True)
+    assert found["reduce"] == reduce
+    assert found["transport"] == ("copy_engine" if reduce == "bfloat16_wire" else "nccl")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--parallelism.fsdp_transport=nccl"], ("bfloat16_wire", "nccl")),
+        (["--parallelism.fsdp_transport=copy_engine"], ("bfloat16_wire", "copy_engine")),
+        (
+            ["--parallelism.fsdp_transport=copy_engine", "--training.dtype=bfloat16"],
+            ("bfloat16_wire", "copy_engine"),
+        ),
+        (
+            ["--parallelism.fsdp_reduce_scatter=bfloat16_wire", "--training.enable_cpu_offload"],
+            ("bfloat16_wire", "nccl"),
+        ),
+    ],
+)
+def test_a_transport_that_is_given_brings_its_wire(flags, expected):
+    found = chosen(flags, world_size=2, peers="nccl" not in flags[0])
+    assert (found["reduce"], found["transport"]) == expected
 
 
 @pytest.mark.parametrize(

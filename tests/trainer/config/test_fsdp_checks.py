@@ -9,6 +9,7 @@ WIRE, POOL = (
     "--parallelism.fsdp_reduce_scatter=bfloat16_wire",
     "--parallelism.fsdp_reduce_scatter=compute_pool",
 )
+COPIES = "--parallelism.fsdp_transport=copy_engine"
 DIRECT = "--parallelism.fsdp_single_shard=direct"
 TORCH = "--parallelism.fsdp_reduce_scatter=torch"
 FP32 = "--training.mixed_precision_param=float32"
@@ -25,6 +26,12 @@ FLOAT8_GATHER = ("--model.converters=float8", "--quantize.linear.float8.enable_f
         ([WIRE, FP32], 2, "needs bf16 gradients"),
         ([WIRE, "--parallelism.pipeline_parallel_degree=2"], 2, "micro-batches in bf16"),
         ([POOL, "--parallelism.pipeline_parallel_degree=2"], 2, None),
+        ([COPIES], 2, None),
+        ([COPIES, WIRE], 2, None),
+        ([COPIES, POOL], 2, "needs parallelism.fsdp_reduce_scatter 'bfloat16_wire', got 'compute_pool'"),
+        ([COPIES, FP32], 2, "'copy_engine' sends gradients in bf16"),
+        ([COPIES, OFFLOAD], 2, "keeps weights on the host"),
+        ([COPIES, "--parallelism.pipeline_parallel_degree=2"], 2, "'copy_engine' would sum a pipeline's"),
         ([DIRECT], 1, None),
         ([DIRECT, "--model.converters=float8"], 1, None),
         ([DIRECT, "--parallelism.fsdp_reshard_after_forward=never"], 1, None),
