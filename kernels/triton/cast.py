@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.scaling import float8_max, inverse_scale, scale_from_amax
-from kernels.triton.amax import LET_GO, PARTS, amax, amaxes_of_parts
+from kernels.triton.amax import LET_GO, amax, amaxes_of_parts
 from kernels.triton.magnitude import magnitude
 from kernels.triton.scale import inverse_of, scale_of
 
@@ -213,7 +213,7 @@ def scale_and_cast_both(
             inverse,
             *x.shape,
             float8_max(dtype),
-            PARTS=PARTS,
+            PARTS=amaxes.numel(),
             TILE=tile_of(x),
             LET_GO=LET_GO,
             num_warps=TILE_WARPS,

