@@ -48,7 +48,7 @@ def cast_both_reference(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[T
 
 
 def scale_and_cast_both_reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `cast_both_reference` gives with the scale of x's own amax; that scale and its inverse, fp32 ()."""
+    """Both layouts with the scale of x's own amax; that scale and its inverse, fp32 scalars."""
     scale = scale_from_amax(compute_amax(x), dtype)
     return *cast_both_reference(x, scale, dtype), scale, inverse_scale(scale)
 

@@ -1,6 +1,6 @@
 """A pass over compiled graphs: an amax that nothing takes on its way comes with the cast that it is for.
 
-A float8 linear with dynamic scales and Triton's casts takes the amax of a tensor t, makes its scale, and casts:
+A float8 linear with dynamic scales and Triton's casts takes a tensor's amax, makes the scale, and casts:
 
     scale = to_fp32(448 / max(to_fp64(amax(abs(t))), 1e-12))
     x8, x8t = cast_both(t, scale, e4m3)                       inverse = to_fp32(1 / to_fp64(scale))
@@ -12,9 +12,9 @@ kernel makes the scales, and other kernels may run before the cast reads t again
 
     x8, x8t, scale, inverse = scale_and_cast_both(t, e4m3)
 
-to the same bits: `kernels.triton.amax` says what that saves. Only amaxes that feed `cast_both` are touched, so
-a model on PyTorch's casts, or on another library's, compiles as it would without the pass. So do scales that
-are rounded to powers of two, recorded (delayed scaling), reduced over ranks, or of two formats.
+to the same bits: `kernels.triton.amax` says what that saves. Only amaxes that feed `cast_both` are touched,
+so a model on PyTorch's casts, or on another library's, compiles as it would without the pass. So do scales
+that are rounded to powers of two, recorded (delayed scaling), reduced over ranks, or of two formats.
 
 Graphs are those of torch 2.11 to 2.13 after decomposition; in one that looks otherwise nothing is replaced,
 and tests count what is.
@@ -96,7 +96,7 @@ def _scale_of(cast_both: Node) -> Found | None:
     wide = _argument(clamped, _aten.clamp_min.default, MIN_AMAX)
     amax = _argument(wide, _convert, torch.float64)
     measured = None if amax is None else measured_by(amax)
-    if measured is None or not _is_full(largest, float8_max(dtype)):
+    if amax is None or measured is None or not _is_full(largest, float8_max(dtype)):
         return None
     base = _base(measured)
     if base is not _base(t) or not _stands_alone(base):

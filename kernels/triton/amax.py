@@ -4,9 +4,9 @@
 
 A cast reads again what its amax has read, and L2 (50 MB of an H100) can hold the end of it. So the amax goes
 from the first element to the last, tells L2 to let go of what it reads first and to keep the end
-(`_KEPT_BYTES`); `kernels.triton.cast` goes from the last to the first. Predicted for bf16: of the 2 + 2 + 1 + 1
-bytes an element of amax and casts, the second 2 come from L2 for 32 MiB of a tensor: 33 MB less to read, 11 us
-at 3.0 TB/s; half of it if both halves of L2 come to hold a line.
+(`_KEPT_BYTES`); `kernels.triton.cast` goes from the last to the first. Predicted for bf16: of the
+2 + 2 + 1 + 1 bytes an element of amax and casts, the second 2 come from L2 for 32 MiB of a tensor: 33 MB
+less to read, 11 us at 3.0 TB/s; half of it if both halves of L2 come to hold a line.
 
 Parts' amaxes need no zeroed memory, as an atomic maximum does, and no last program that knows it is the last,
 which takes a counter that outlives the launch and that no other stream or CUDA graph in flight may share. Who
@@ -30,7 +30,7 @@ from kernels.triton.magnitude import magnitude
 _ELEMENTS = 8192
 """Elements that a program reads at a time: four loads of 16 bytes a thread in bf16."""
 PARTS = 512
-"""Programs of `amax_kernel`, of 8 warps: four on nearly each of 132 multiprocessors, one wave. A power of 2."""
+"""Programs of `amax_kernel`, a power of 2: four of 8 warps on nearly each of 132 multiprocessors, one wave."""
 _KEPT_BYTES = 32 << 20
 """The end of a tensor that its amax asks L2 to keep."""
 _KEEP, LET_GO = "evict_last", "evict_first"
@@ -50,7 +50,7 @@ def _largest_of(x_ptr, n, largest, number, BLOCK: tl.constexpr, POLICY: tl.const
 def amax_kernel(
     x_ptr, amaxes_ptr, n, passing, rounds, BLOCK: tl.constexpr, LET_GO: tl.constexpr, KEEP: tl.constexpr
 ):
-    """The largest magnitude of each program's part of n elements, fp32; the first `passing` rounds go by L2."""
+    """The largest magnitude of each program's part of n elements, fp32; L2 lets go of `passing` rounds."""
     largest = tl.zeros([BLOCK], tl.int32)
     number = tl.program_id(0)
     stop = passing * tl.num_programs(0)

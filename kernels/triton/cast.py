@@ -10,9 +10,9 @@ written: 0.162 ms, 2.9 TB/s.
 - `scale_and_cast_tiles_kernel`: the same, with the one scale made of the parts' amaxes on the way.
 - `transpose_kernel`: what its name says.
 
-The last elements are cast first, because an amax before has left them in L2, and L2 is told to let go of what
-is read, which nobody reads again; also of x8ᵀ, which is for backward or a linear's last GEMM, where x8 is what
-the next GEMM reads (`kernels.triton.amax`).
+The last elements are cast first, because an amax before has left them in L2 (`kernels.triton.amax`), and L2
+is told to let go of what is read, which nobody reads again; also of x8ᵀ, which is for backward or a linear's
+last GEMM, where x8 is what the next GEMM reads.
 
 A tile is turned in the 2 bytes of its input, before it is cast. The other order is wrong: where a pair of
 float8 is both stored and picked apart for shared memory, ptxas (12.8) folds the conversion into the packing
@@ -40,6 +40,8 @@ _TILE = 128
 """Rows and columns of a tile: 128 bytes, a line of L2, in either direction of float8. Half where a thread's
 elements are not adjacent and each has an address of its own: more than its registers hold."""
 TILE_WARPS = 8
+_COLUMNS = LET_GO
+"""What L2 is told of x8ᵀ."""
 _ELEMENTS = 4096
 """Elements a program casts in `cast_kernel`: 16 a thread of 8 warps, one store each."""
 
@@ -52,9 +54,7 @@ def saturated(x, scale, fmax: tl.constexpr):
 
 
 @triton.jit
-def cast_kernel(
-    x_ptr, scale_ptr, out_ptr, n, fmax: tl.constexpr, BLOCK: tl.constexpr, LET_GO: tl.constexpr
-):
+def cast_kernel(x_ptr, scale_ptr, out_ptr, n, fmax: tl.constexpr, BLOCK: tl.constexpr, LET_GO: tl.constexpr):
     """Elementwise cast with one scale, the last block first."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -85,11 +85,11 @@ def _store_rows(x, scale, rows_ptr, row, column, m, k, fmax: tl.constexpr):
 
 
 @triton.jit
-def _store_columns(x, scale, columns_ptr, row, column, m, k, fmax: tl.constexpr, LET_GO: tl.constexpr):
+def _store_columns(x, scale, columns_ptr, row, column, m, k, fmax: tl.constexpr, POLICY: tl.constexpr):
     there = (column < k)[:, None] & (row < m)[None, :]
     y = saturated(tl.trans(x), scale, fmax).to(columns_ptr.dtype.element_ty)
     place = column[:, None] * m + row[None, :]
-    tl.store(columns_ptr + place, y, mask=there, eviction_policy=LET_GO)
+    tl.store(columns_ptr + place, y, mask=there, eviction_policy=POLICY)
 
 
 @triton.jit
@@ -106,6 +106,7 @@ def cast_tiles_kernel(
     BY_LINE: tl.constexpr,
     TILE: tl.constexpr,
     LET_GO: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """X8ᵀ (k, m) and, with WRITE_ROWS, x8 (m, k), of x whose elements are 2 bytes.
 
@@ -121,7 +122,7 @@ def cast_tiles_kernel(
         column_scale = row_scale
     if WRITE_ROWS:
         _store_rows(x, row_scale, rows_ptr, row, column, m, k, fmax)
-    _store_columns(x, column_scale, columns_ptr, row, column, m, k, fmax, LET_GO)
+    _store_columns(x, column_scale, columns_ptr, row, column, m, k, fmax, COLUMNS)
 
 
 @triton.jit
@@ -138,8 +139,12 @@ def scale_and_cast_tiles_kernel(
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
     LET_GO: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Both layouts as above with one scale, that of the largest of PARTS amaxes; it and its inverse as well."""
+    """Both layouts as above, the one scale being that of the largest of PARTS amaxes; it and its inverse.
+
+    The scale comes before the tile: the division takes registers that a tile in hand would need.
+    """
     amax = tl.max(magnitude(tl.load(amaxes_ptr + tl.arange(0, PARTS))), axis=0)
     scale = scale_of(amax, fmax, False)
     if tl.program_id(0) == 0:
@@ -148,7 +153,7 @@ def scale_and_cast_tiles_kernel(
     row, column = _tile(m, k, TILE)
     x = _load_tile(x_ptr, row, column, m, k, LET_GO)
     _store_rows(x, scale, rows_ptr, row, column, m, k, fmax)
-    _store_columns(x, scale, columns_ptr, row, column, m, k, fmax, LET_GO)
+    _store_columns(x, scale, columns_ptr, row, column, m, k, fmax, COLUMNS)
 
 
 @triton.jit
@@ -216,6 +221,7 @@ def scale_and_cast_both(
             PARTS=amaxes.numel(),
             TILE=tile_of(x),
             LET_GO=LET_GO,
+            COLUMNS=_COLUMNS,
             num_warps=TILE_WARPS,
         )
     return rows, columns, scale, inverse
@@ -284,6 +290,7 @@ def cast_tiles(
             BY_LINE=by_line,
             TILE=tile_of(x),
             LET_GO=LET_GO,
+            COLUMNS=_COLUMNS,
             num_warps=TILE_WARPS,
         )
     return columns

@@ -301,6 +301,7 @@ def test_tiles_compile_for_hopper(rows: bool, lines: bool) -> None:
             "BY_LINE": lines,
             "TILE": kernels._TILE,
             "LET_GO": kernels.LET_GO,
+            "COLUMNS": kernels._COLUMNS,
         },
         kernels.TILE_WARPS,
     )
@@ -312,7 +313,7 @@ def test_tiles_compile_for_hopper(rows: bool, lines: bool) -> None:
 
 
 def test_an_amax_and_its_cast_compile_for_hopper() -> None:
-    """Four programs a multiprocessor of either; of the cast only the scale and its inverse are stored alone."""
+    """Four programs a multiprocessor of either; the scale and its inverse alone are stored by 4 bytes."""
     policies = {"LET_GO": amaxes.LET_GO, "KEEP": amaxes._KEEP}
     found = compiled(
         "amax:amax_kernel",
@@ -329,7 +330,13 @@ def test_an_amax_and_its_cast_compile_for_hopper() -> None:
         "cast:scale_and_cast_tiles_kernel",
         {**pointers, "scale_ptr": "*fp32", "inverse_ptr": "*fp32"},
         "m k",
-        {"fmax": 57344.0, "PARTS": PARTS, "TILE": kernels._TILE, "LET_GO": kernels.LET_GO},
+        {
+            "fmax": 57344.0,
+            "PARTS": PARTS,
+            "TILE": kernels._TILE,
+            "LET_GO": kernels.LET_GO,
+            "COLUMNS": kernels._COLUMNS,
+        },
         kernels.TILE_WARPS,
     )
     assert found["stack"] == 0
