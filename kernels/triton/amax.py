@@ -30,7 +30,7 @@ from kernels.triton.magnitude import magnitude
 _ELEMENTS = 8192
 """Elements that a program reads at a time: four loads of 16 bytes a thread in bf16."""
 PARTS = 512
-"""Programs of `amax_kernel`, a power of 2: four of 8 warps on nearly each of 132 multiprocessors, one wave."""
+"""Programs of `amax_kernel`, a power of 2: four of 8 warps on most of 132 multiprocessors, one wave."""
 _KEPT_BYTES = 32 << 20
 """The end of a tensor that its amax asks L2 to keep."""
 _KEEP, LET_GO = "evict_last", "evict_first"
@@ -46,7 +46,7 @@ def _largest_of(x_ptr, n, largest, number, BLOCK: tl.constexpr, POLICY: tl.const
     return tl.maximum(largest, magnitude(x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["passing", "rounds"])
 def amax_kernel(
     x_ptr, amaxes_ptr, n, passing, rounds, BLOCK: tl.constexpr, LET_GO: tl.constexpr, KEEP: tl.constexpr
 ):

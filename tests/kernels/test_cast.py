@@ -277,8 +277,9 @@ def compiled(
     """`kernel` for Hopper, with all that can be a multiple of 16."""
     names = sizes.split()
     signature = {**pointers, **dict.fromkeys(names, "i32"), **dict.fromkeys(constants, "constexpr")}
+    aligned = [name for name in (*pointers, *names) if name not in ("passing", "rounds")]
     return compile_for_hopper(
-        f"kernels.triton.{kernel}", signature, constants, num_warps=warps, aligned=(*pointers, *names)
+        f"kernels.triton.{kernel}", signature, constants, num_warps=warps, aligned=tuple(aligned)
     )
 
 
