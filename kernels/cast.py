@@ -8,6 +8,7 @@ scale for all of t, or with one per row for t8 and one per column for t8ᵀ:
     amax                    2                                                        6
     cast_float8             2 + 1                                                    27
     cast_both               2 + 1 + 1                                                29
+    scale_and_cast_both     2 + 2 + 1 + 1, less what L2 holds of the second 2        35
     cast_transposed         2 + 1                                                    29
     transpose_float8        1 + 1                                                    2, uncoalesced
     cast_rows               2 + 1; rows of more than 32,768 elements 2 + 2 + 1       33
@@ -29,7 +30,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.scaling import cast_to_float8, compute_amax, scale_from_amax
+from kernels.scaling import cast_to_float8, compute_amax, inverse_scale, scale_from_amax
 from kernels.support import runs_float8_triton
 
 _INPUTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,6 +45,12 @@ def cast_both_reference(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[T
     """x8 (M, K) and x8ᵀ (K, M) of x (M, K), with one scale."""
     x8 = cast_to_float8(x, scale, dtype).contiguous()
     return x8, _transposed(x8)
+
+
+def scale_and_cast_both_reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both layouts with the scale of x's own amax; that scale and its inverse, fp32 scalars."""
+    scale = scale_from_amax(compute_amax(x), dtype)
+    return *cast_both_reference(x, scale, dtype), scale, inverse_scale(scale)
 
 
 def cast_rows_reference(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
@@ -67,9 +74,9 @@ def _transposed(x: Tensor) -> Tensor:
 def amax(x: Tensor) -> Tensor:
     """Max |x| as a scalar of x's dtype; of nothing it is 0."""
     if _launches(x):
-        from kernels.triton import cast
+        from kernels.triton import amax as kernel
 
-        return cast.amax(x)
+        return kernel.amax(x)
     return compute_amax(x)
 
 
@@ -122,6 +129,30 @@ def cast_both(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
 @cast_both.register_fake
 def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((x.shape[1], x.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("octavo::scale_and_cast_both", mutates_args=())
+def scale_and_cast_both(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `scale_and_cast_both_reference`.
+
+    One operator, so that the cast follows the amax at once and finds in L2 what that has left there.
+    """
+    if _launches(x, dtype):
+        from kernels.triton import cast
+
+        return cast.scale_and_cast_both(x, dtype)
+    return scale_and_cast_both_reference(x, dtype)
+
+
+@scale_and_cast_both.register_fake
+def _(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scale, inverse = (x.new_empty((), dtype=torch.float32) for _ in range(2))
+    return (
+        x.new_empty(x.shape, dtype=dtype),
+        x.new_empty((x.shape[1], x.shape[0]), dtype=dtype),
+        scale,
+        inverse,
+    )
 
 
 @torch.library.custom_op("octavo::cast_transposed", mutates_args=())

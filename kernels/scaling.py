@@ -65,3 +65,8 @@ def cast_to_float8(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Saturating cast of x * scale to float8 `dtype`; the product is taken in fp32."""
     fmax = float8_max(dtype)
     return torch.clamp(x.to(torch.float32) * scale, -fmax, fmax).to(dtype)
+
+
+def inverse_scale(scale: Tensor) -> Tensor:
+    """fp32(1 / s): what a scaled GEMM multiplies its product by."""
+    return torch.reciprocal(scale.to(torch.float64)).to(torch.float32)

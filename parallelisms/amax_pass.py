@@ -60,7 +60,7 @@ class AmaxFromProducer(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         """Change `graph` in place."""
         for node in list(graph.nodes):
-            if node.target is _aten.amax.default and (found := _producer_of(node)):
+            if found := _producer_of(node):
                 _replace(graph, node, *found)
 
     def uuid(self) -> bytes:
@@ -72,13 +72,19 @@ AMAX_FROM_PRODUCER = AmaxFromProducer()
 """One for all: functions compiled with equal options share what they compile."""
 
 
-def _producer_of(amax: Node) -> tuple[Node, int] | None:
-    """(the kernel, which of its amaxes) that gives what `amax` computes."""
-    magnitude = amax.args[0]
+def measured_by(amax: Node) -> Node | None:
+    """T, where `amax` is amax(abs(t)) over all of t."""
+    magnitude = amax.args[0] if amax.target is _aten.amax.default else None
     of_everything = amax.args[1:] in ((), ([],)) and not amax.kwargs
     if not of_everything or not isinstance(magnitude, Node) or magnitude.target is not _aten.abs.default:
         return None
     t = magnitude.args[0]
+    return t if isinstance(t, Node) else None
+
+
+def _producer_of(amax: Node) -> tuple[Node, int] | None:
+    """(the kernel, which of its amaxes) that gives what `amax` computes."""
+    t = measured_by(amax)
     while isinstance(t, Node) and t.target in _SAME_ELEMENTS:
         t = t.args[0]
     if not isinstance(t, Node) or t.target is not operator.getitem:

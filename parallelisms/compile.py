@@ -3,7 +3,7 @@
 All blocks of a model are alike, so the compiler works once and the result serves every layer: compile time
 does not grow with depth. Each block is one full graph; a break in it is an error, not a slow surprise.
 
-Inductor gets one pass over its graphs from here, `parallelisms.amax_pass`. It compiles Triton kernels in
+Inductor gets passes over its graphs from here, `parallelisms.graph_passes`. It compiles Triton kernels in
 processes of its own, which take seconds to start: `start_compilers` does so while data and model are built,
 where inductor itself would at its first graph.
 """
@@ -35,17 +35,17 @@ def apply_compile(model: nn.Module, blocks: str, config: CompileConfig) -> str:
     """Compile every block in place (FQNs do not change); returns what was done, for the start-up log."""
     if not (config.enable and "model" in config.components):
         return "compile: off" if not config.enable else "compile: model left eager"
-    count, options = 0, _options(config.backend)
+    count, options = 0, compiler_options(config.backend)
     for _, block in blocks_of(model, blocks):
         block.compile(backend=config.backend, fullgraph=True, options=options)
         count += 1
     return f"compile: {count} blocks, each one full graph, with {config.backend}"
 
 
-def _options(backend: str) -> dict[str, Any] | None:
-    """What the compiler is told; other backends than inductor know none of it."""
+def compiler_options(backend: str) -> dict[str, Any] | None:
+    """What `torch.compile` is told, here and of linears that are timed alone; for inductor only."""
     if backend != "inductor":
         return None
-    from parallelisms.amax_pass import AMAX_FROM_PRODUCER
+    from parallelisms.graph_passes import GRAPH_PASSES
 
-    return {"post_grad_custom_pre_pass": AMAX_FROM_PRODUCER}
+    return {"post_grad_custom_pre_pass": GRAPH_PASSES}

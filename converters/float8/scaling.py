@@ -15,6 +15,7 @@ from kernels.scaling import (
     cast_to_float8,
     compute_amax,
     float8_max,
+    inverse_scale,
     round_down_to_power_of_2,
     scale_from_amax,
 )
@@ -57,11 +58,6 @@ def cast_with_scale_into(out: Tensor, t: Tensor, scale: Tensor, cast_kernels: st
         cast.cast_float8_into(out, t, scale)
     else:
         out.copy_(cast_to_float8(t, scale, out.dtype))
-
-
-def inverse_scale(scale: Tensor) -> Tensor:
-    """fp32(1 / s): what a scaled GEMM multiplies its product by."""
-    return torch.reciprocal(scale.to(torch.float64)).to(torch.float32)
 
 
 def dequantize(x_fp8: Tensor, scale: Tensor) -> Tensor:

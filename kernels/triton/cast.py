@@ -5,18 +5,20 @@ every load and store moves 16 bytes a thread (rows of x8 and of x8ᵀ; sizes div
 from the arguments; others are right but slower). Measured on an H100, (8192, 14336) bf16 with both layouts
 written: 0.162 ms, 2.9 TB/s.
 
-- `amax_kernel`: as many programs as fit on the chip stride over x; one atomic each.
 - `cast_kernel`: elementwise.
 - `cast_tiles_kernel`: a tile in, its float8 form out twice, the second time turned through shared memory.
+- `scale_and_cast_tiles_kernel`: the same, with the one scale made of the parts' amaxes on the way.
 - `transpose_kernel`: what its name says.
+
+The last elements are cast first, because an amax before has left them in L2 (`kernels.triton.amax`), and L2
+is told to let go of what is read, which nobody reads again; also of x8ᵀ, which is for backward or a linear's
+last GEMM, where x8 is what the next GEMM reads.
 
 A tile is turned in the 2 bytes of its input, before it is cast. The other order is wrong: where a pair of
 float8 is both stored and picked apart for shared memory, ptxas (12.8) folds the conversion into the packing
 (`F2FP ... PACK_AB_MERGE_C`) and leaves the other use an undefined register. Triton itself moves the turning
 of fp32 behind the cast, so fp32 is cast in one kernel and turned, as bytes, in another.
 `tests.kernels.hopper` refuses machine code that reads an undefined register.
-
-An amax is kept as bits (`kernels.triton.magnitude`).
 
 `dtype` gives the format, whose largest value clamps; `stored_as`, where given, is the dtype that is written
 in its place, so that the arithmetic can be looked at before it is rounded to float8.
@@ -29,18 +31,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.scaling import float8_max
+from kernels.scaling import float8_max, inverse_scale, scale_from_amax
+from kernels.triton.amax import LET_GO, amax, amaxes_of_parts
 from kernels.triton.magnitude import magnitude
+from kernels.triton.scale import inverse_of, scale_of
 
 _TILE = 128
 """Rows and columns of a tile: 128 bytes, a line of L2, in either direction of float8. Half where a thread's
 elements are not adjacent and each has an address of its own: more than its registers hold."""
 TILE_WARPS = 8
+_COLUMNS = LET_GO
+"""What L2 is told of x8ᵀ."""
 _ELEMENTS = 4096
 """Elements a program casts in `cast_kernel`: 16 a thread of 8 warps, one store each."""
-_AMAX_ELEMENTS = 8192
-_AMAX_PROGRAMS = 528
-"""Four programs of 8 warps on each of 132 multiprocessors: one wave."""
 
 
 @triton.jit
@@ -51,26 +54,42 @@ def saturated(x, scale, fmax: tl.constexpr):
 
 
 @triton.jit
-def amax_kernel(x_ptr, amax_ptr, n, rounds, BLOCK: tl.constexpr):
-    """The largest magnitude of n elements, as bits; amax_ptr holds 0 before."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    stride = tl.num_programs(0).to(tl.int64) * BLOCK
-    largest = tl.zeros([BLOCK], tl.int32)
-    number = 0
-    while number < rounds:
-        index = first + number * stride + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, magnitude(tl.load(x_ptr + index, mask=index < n, other=0.0)))
-        number += 1
-    tl.atomic_max(amax_ptr, tl.max(largest, axis=0), sem="relaxed")
+def cast_kernel(x_ptr, scale_ptr, out_ptr, n, fmax: tl.constexpr, BLOCK: tl.constexpr, LET_GO: tl.constexpr):
+    """Elementwise cast with one scale, the last block first."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + index, mask=index < n, other=0.0, eviction_policy=LET_GO)
+    y = saturated(x, tl.load(scale_ptr), fmax)
+    tl.store(out_ptr + index, y.to(out_ptr.dtype.element_ty), mask=index < n)
 
 
 @triton.jit
-def cast_kernel(x_ptr, scale_ptr, out_ptr, n, fmax: tl.constexpr, BLOCK: tl.constexpr):
-    """Elementwise cast with one scale."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + index, mask=index < n, other=0.0)
-    y = saturated(x, tl.load(scale_ptr), fmax)
-    tl.store(out_ptr + index, y.to(out_ptr.dtype.element_ty), mask=index < n)
+def _tile(m, k, TILE: tl.constexpr):
+    """The rows and the columns of this program's tile; the last tiles come first."""
+    tile = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
+    across = tl.cdiv(k, TILE)
+    return (tile // across) * TILE + tl.arange(0, TILE), (tile % across) * TILE + tl.arange(0, TILE)
+
+
+@triton.jit
+def _load_tile(x_ptr, row, column, m, k, LET_GO: tl.constexpr):
+    here = (row < m)[:, None] & (column < k)[None, :]
+    return tl.load(x_ptr + row[:, None] * k + column[None, :], mask=here, other=0.0, eviction_policy=LET_GO)
+
+
+@triton.jit
+def _store_rows(x, scale, rows_ptr, row, column, m, k, fmax: tl.constexpr):
+    here = (row < m)[:, None] & (column < k)[None, :]
+    y = saturated(x, scale, fmax)
+    tl.store(rows_ptr + row[:, None] * k + column[None, :], y.to(rows_ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _store_columns(x, scale, columns_ptr, row, column, m, k, fmax: tl.constexpr, POLICY: tl.constexpr):
+    there = (column < k)[:, None] & (row < m)[None, :]
+    y = saturated(tl.trans(x), scale, fmax).to(columns_ptr.dtype.element_ty)
+    place = column[:, None] * m + row[None, :]
+    tl.store(columns_ptr + place, y, mask=there, eviction_policy=POLICY)
 
 
 @triton.jit
@@ -86,19 +105,15 @@ def cast_tiles_kernel(
     WRITE_ROWS: tl.constexpr,
     BY_LINE: tl.constexpr,
     TILE: tl.constexpr,
+    LET_GO: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """X8ᵀ (k, m) and, with WRITE_ROWS, x8 (m, k), of x whose elements are 2 bytes.
 
-    One scale, column_scale_ptr's, or BY_LINE one per column for x8ᵀ and one per row for x8. The last tiles
-    come first: they are what a pass before this one left in L2.
+    One scale, column_scale_ptr's, or BY_LINE one per column for x8ᵀ and one per row for x8.
     """
-    tile = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
-    across = tl.cdiv(k, TILE)
-    row = (tile // across) * TILE + tl.arange(0, TILE)
-    column = (tile % across) * TILE + tl.arange(0, TILE)
-    here = (row < m)[:, None] & (column < k)[None, :]
-    place = row[:, None] * k + column[None, :]
-    x = tl.load(x_ptr + place, mask=here, other=0.0)
+    row, column = _tile(m, k, TILE)
+    x = _load_tile(x_ptr, row, column, m, k, LET_GO)
     if BY_LINE:
         row_scale = tl.load(row_scale_ptr + row, mask=(row < m) & WRITE_ROWS, other=0.0)[:, None]
         column_scale = tl.load(column_scale_ptr + column, mask=column < k, other=0.0)[:, None]
@@ -106,12 +121,39 @@ def cast_tiles_kernel(
         row_scale = tl.load(column_scale_ptr)
         column_scale = row_scale
     if WRITE_ROWS:
-        y = saturated(x, row_scale, fmax)
-        tl.store(rows_ptr + place, y.to(rows_ptr.dtype.element_ty), mask=here)
-    there = (column < k)[:, None] & (row < m)[None, :]
-    y = saturated(tl.trans(x), column_scale, fmax)
-    place = column[:, None] * m + row[None, :]
-    tl.store(columns_ptr + place, y.to(columns_ptr.dtype.element_ty), mask=there)
+        _store_rows(x, row_scale, rows_ptr, row, column, m, k, fmax)
+    _store_columns(x, column_scale, columns_ptr, row, column, m, k, fmax, COLUMNS)
+
+
+@triton.jit
+def scale_and_cast_tiles_kernel(
+    x_ptr,
+    amaxes_ptr,
+    rows_ptr,
+    columns_ptr,
+    scale_ptr,
+    inverse_ptr,
+    m,
+    k,
+    fmax: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
+    LET_GO: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Both layouts as above, the one scale being that of the largest of PARTS amaxes; it and its inverse.
+
+    The scale comes before the tile: the division takes registers that a tile in hand would need.
+    """
+    amax = tl.max(magnitude(tl.load(amaxes_ptr + tl.arange(0, PARTS))), axis=0)
+    scale = scale_of(amax, fmax, False)
+    if tl.program_id(0) == 0:
+        tl.store(scale_ptr, scale)
+        tl.store(inverse_ptr, inverse_of(scale))
+    row, column = _tile(m, k, TILE)
+    x = _load_tile(x_ptr, row, column, m, k, LET_GO)
+    _store_rows(x, scale, rows_ptr, row, column, m, k, fmax)
+    _store_columns(x, scale, columns_ptr, row, column, m, k, fmax, COLUMNS)
 
 
 @triton.jit
@@ -127,18 +169,6 @@ def transpose_kernel(x_ptr, out_ptr, m, k, TILE: tl.constexpr):
     tl.store(out_ptr + column[:, None] * m + row[None, :], tl.trans(x), mask=turned)
 
 
-def amax(x: Tensor) -> Tensor:
-    """Max |x| as a scalar of x's dtype."""
-    x = x.contiguous()
-    bits = torch.zeros((), dtype=torch.int32, device=x.device)
-    blocks = triton.cdiv(x.numel(), _AMAX_ELEMENTS)
-    programs = min(blocks, _AMAX_PROGRAMS)
-    rounds = triton.cdiv(blocks, programs)
-    with torch.cuda.device_of(x):
-        amax_kernel[(programs,)](x, bits, x.numel(), rounds, BLOCK=_AMAX_ELEMENTS, num_warps=8)
-    return bits.view(torch.float32).to(x.dtype)
-
-
 def cast_float8(x: Tensor, scale: Tensor, dtype: torch.dtype, stored_as: torch.dtype | None = None) -> Tensor:
     """X8 of x's shape."""
     return cast_float8_into(torch.empty(x.shape, dtype=stored_as or dtype, device=x.device), x, scale, dtype)
@@ -149,7 +179,9 @@ def cast_float8_into(out: Tensor, x: Tensor, scale: Tensor, dtype: torch.dtype) 
     x = x.contiguous()
     grid = (triton.cdiv(x.numel(), _ELEMENTS),)
     with torch.cuda.device_of(x):
-        cast_kernel[grid](x, scale, out, x.numel(), float8_max(dtype), BLOCK=_ELEMENTS, num_warps=8)
+        cast_kernel[grid](
+            x, scale, out, x.numel(), float8_max(dtype), BLOCK=_ELEMENTS, LET_GO=LET_GO, num_warps=8
+        )
     return out
 
 
@@ -162,6 +194,37 @@ def cast_both(
         return rows, transpose_float8(rows)
     rows = torch.empty(x.shape, dtype=stored_as or dtype, device=x.device)
     return rows, cast_tiles(x, dtype, stored_as, scale, rows=rows)
+
+
+def scale_and_cast_both(
+    x: Tensor, dtype: torch.dtype, stored_as: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x8 (M, K), x8ᵀ (K, M), their scale and its inverse, fp32 scalars."""
+    x = x.contiguous()
+    if not turns_before_casting(x):
+        scale = scale_from_amax(amax(x), dtype)
+        return *cast_both(x, scale, dtype, stored_as), scale, inverse_scale(scale)
+    amaxes = amaxes_of_parts(x)
+    rows = torch.empty(x.shape, dtype=stored_as or dtype, device=x.device)
+    columns = torch.empty((x.shape[1], x.shape[0]), dtype=stored_as or dtype, device=x.device)
+    scale, inverse = (torch.empty((), dtype=torch.float32, device=x.device) for _ in range(2))
+    with torch.cuda.device_of(x):
+        scale_and_cast_tiles_kernel[tiles_of(x)](
+            x,
+            amaxes,
+            rows,
+            columns,
+            scale,
+            inverse,
+            *x.shape,
+            float8_max(dtype),
+            PARTS=amaxes.numel(),
+            TILE=tile_of(x),
+            LET_GO=LET_GO,
+            COLUMNS=_COLUMNS,
+            num_warps=TILE_WARPS,
+        )
+    return rows, columns, scale, inverse
 
 
 def cast_transposed(
@@ -226,6 +289,8 @@ def cast_tiles(
             WRITE_ROWS=rows is not None,
             BY_LINE=by_line,
             TILE=tile_of(x),
+            LET_GO=LET_GO,
+            COLUMNS=_COLUMNS,
             num_warps=TILE_WARPS,
         )
     return columns

@@ -31,6 +31,7 @@ from kernels.triton.cast import (
     turns_before_casting,
 )
 from kernels.triton.magnitude import magnitude
+from kernels.triton.scale import scale_of
 
 _AMAXES_HEIGHT, _AMAXES_WIDTH = 64, 256
 """Of `amaxes_kernel`: a tile's rows and columns, 8 loads of 16 bytes a thread in bf16; a row is a warp's."""
@@ -41,21 +42,6 @@ _SCALES = 512
 _ROW_ELEMENTS, _ROW_CHUNK, _THREAD_ELEMENTS = 8192, 32768, 32
 """Of `cast_rows_kernel`: elements that a program holds at least and at most, and a thread (the longest rows:
 twice as many)."""
-
-
-@triton.jit
-def _scale_of(bits, fmax: tl.constexpr, power_of_2: tl.constexpr):
-    """`kernels.scaling.scale_from_amax` of the bits of an amax."""
-    wide = bits.to(tl.float32, bitcast=True).to(tl.float64)
-    # tl.full, because a bare literal is rounded to fp32 first.
-    least = tl.full(wide.shape, 1e-12, tl.float64)
-    wide = tl.where(wide < least, least, wide)
-    scale = (tl.full(wide.shape, fmax, tl.float64) / wide).to(tl.float32)
-    if power_of_2:
-        wide = scale.to(tl.float64)
-        exponent = wide.to(tl.int64, bitcast=True) & 0x7FF0000000000000
-        scale = tl.where(wide != wide, wide, exponent.to(tl.float64, bitcast=True)).to(tl.float32)
-    return scale
 
 
 @triton.jit
@@ -104,7 +90,7 @@ def scales_kernel(
 ):
     """The scales of n amaxes (bits), of which the first k are the columns' and the others the rows'."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    scale = _scale_of(tl.load(amax_ptr + index, mask=index < n, other=0), fmax, power_of_2)
+    scale = scale_of(tl.load(amax_ptr + index, mask=index < n, other=0), fmax, power_of_2)
     tl.store(column_scale_ptr + index, scale, mask=index < k)
     tl.store(row_scale_ptr + (index - k), scale, mask=(index >= k) & (index < n))
 
@@ -148,7 +134,7 @@ def cast_rows_kernel(
         here_too = (row < m)[:, None] & (more < k)[None, :]
         x_too = tl.load(x_ptr + row[:, None] * k + more[None, :], mask=here_too, other=0.0)
         largest = tl.maximum(largest, tl.max(magnitude(x_too), axis=1))
-    scale = _scale_of(largest, fmax, power_of_2)
+    scale = scale_of(largest, fmax, power_of_2)
     tl.store(scale_ptr + row, scale, mask=row < m)
     y = saturated(x, scale[:, None], fmax)
     tl.store(rows_ptr + place, y.to(rows_ptr.dtype.element_ty), mask=here)

@@ -1,4 +1,4 @@
-"""Compiled blocks on a CUDA GPU whose kernels give amaxes: fewer passes, the same bits."""
+"""Compiled blocks on a CUDA GPU whose kernels and casts give amaxes: fewer passes, the same bits."""
 
 import pytest
 import torch
@@ -10,12 +10,15 @@ from models.llama3.config import Llama3Config
 from parallelisms import compile as block_compile
 from parallelisms.amax_pass import AmaxFromProducer
 from parallelisms.config import CompileConfig
+from parallelisms.graph_passes import GraphPasses
 from tests.parallelisms.amaxes import amaxes, amaxes_kernels_could_give
+from trainer.calibration.linears import Shape, forward_and_backward, make_operands
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
+aten, octavo = torch.ops.aten, torch.ops.octavo
 
 
 def blocks():
@@ -64,8 +67,8 @@ def test_kernels_give_amaxes_with_the_same_bits(monkeypatch):
     monkeypatch.setattr(AmaxFromProducer, "__call__", counting)
     results = []
     with torch._inductor.config.patch(force_disable_caches=True):
-        for options in (block_compile._options, lambda backend: None):
-            monkeypatch.setattr(block_compile, "_options", options)
+        for options in (block_compile.compiler_options, lambda backend: None):
+            monkeypatch.setattr(block_compile, "compiler_options", options)
             torch._dynamo.reset()
             model = blocks()
             block_compile.apply_compile(model, "layers", CompileConfig(enable=True))
@@ -76,3 +79,29 @@ def test_kernels_give_amaxes_with_the_same_bits(monkeypatch):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
     assert all(t.isfinite().all() for t in results[0][0])
     assert results[0][1][0].isnan().any()
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan")])
+def test_a_linear_alone_has_no_scales_beside_its_casts(monkeypatch, bad):
+    """No amax and no scale beside the casts of X, W and dY, and the same bits."""
+    graphs, call = [], GraphPasses.__call__
+
+    def watching(self, graph):
+        call(self, graph)
+        targets = [node.target for node in graph.nodes]
+        graphs.append([targets.count(op) for op in (octavo.scale_and_cast_both.default, aten.amax.default)])
+
+    monkeypatch.setattr(GraphPasses, "__call__", watching)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    linear = nn.Linear(512, 768, bias=False, dtype=torch.bfloat16, device="cuda")
+    linear = convert_to_float8_training(linear, config=Float8LinearConfig(cast_kernels="triton"))
+    operands = make_operands(Shape(1024, 512, 768), torch.device("cuda"), torch.bfloat16)
+    with torch.no_grad():
+        operands.x[5, 7] = bad
+    eager = forward_and_backward(linear, operands, compiled=False)()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled = forward_and_backward(linear, operands, compiled=True)()
+    assert graphs == [[2, 0], [1, 0]]
+    for mine, theirs in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)

@@ -72,6 +72,10 @@ def one_scale_calls(x: Tensor, scale: Tensor, float8: torch.dtype) -> Calls:
     odd = x.reshape(-1)[: x.numel() // 3 * 3].reshape(3, -1, 1)
     return {
         "cast_both": (cast.cast_both(x, scale, float8), (x8, turned)),
+        "scale_and_cast_both": (
+            cast.scale_and_cast_both(x, float8),
+            cast.scale_and_cast_both_reference(x, float8),
+        ),
         "cast_float8": (cast.cast_float8(x, scale, float8), x8),
         "cast_float8 of 3 dimensions": (
             cast.cast_float8(odd, scale, float8),
@@ -148,11 +152,32 @@ def test_every_bf16_value_and_edges_of_fp32(float8: torch.dtype) -> None:
         assert all_same(cast.cast_columns(alone.t(), float8, power_of_2), want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(8192, 4096), (8192, 14336), (4096, 4112), (5000, 3001)])
+def test_a_scale_made_by_the_cast(size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Of tensors that L2 holds in part, the largest element in any part; twice, as the next one finds L2."""
+    x = sample(size, dtype)
+    for place in (0, x.numel() // 2, x.numel() - 1, x.numel() * 3 // 4):
+        x.view(-1)[place] = -1.7 * x.abs().amax()
+        want = cast.scale_and_cast_both_reference(x, E5M2)
+        for _ in range(2):
+            assert all_same(cast.scale_and_cast_both(x, E5M2), want)
+
+
+@pytest.mark.parametrize("bad", [0.0, 2.0**-133, 1e-13, math.inf, -math.nan])
+def test_a_scale_made_by_the_cast_of_edge_values(bad: float) -> None:
+    x = torch.zeros(300, 528, device="cuda", dtype=torch.bfloat16)
+    x[299, 7] = bad
+    want = cast.scale_and_cast_both_reference(x, E4M3)
+    assert all_same(cast.scale_and_cast_both(x, E4M3), want)
+
+
 @pytest.mark.parametrize("size", [(0, 64), (64, 0)])
 def test_empty(size: tuple[int, int]) -> None:
     x, scale = torch.zeros(size, device="cuda"), torch.tensor(2.0, device="cuda")
     assert cast.amax(x).item() == 0
     assert all_same(cast.cast_both(x, scale, E4M3), cast.cast_both_reference(x, scale, E4M3))
+    assert all_same(cast.scale_and_cast_both(x, E4M3), cast.scale_and_cast_both_reference(x, E4M3))
     want = cast.cast_rows_reference(x, E4M3, True) + cast.cast_columns_reference(x, E4M3, True)
     assert all_same(cast.cast_rows_and_columns(x, E4M3, True), want)
     assert all_same(cast.cast_rows(x, E4M3, True), want[:2])

@@ -10,18 +10,26 @@ import pytest
 import torch
 
 from kernels import cast
-from kernels.scaling import compute_amax, float8_max, scale_from_amax
+from kernels.scaling import compute_amax, float8_max, inverse_scale, scale_from_amax
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("without the interpreter kernels need CUDA tensors: see tests/gpu", allow_module_level=True)
 
+from kernels.triton import amax as amaxes
 from kernels.triton import cast as kernels
 from kernels.triton import cast_by_line as by_line
 from tests.kernels.hopper import compile_for_hopper, reads_undefined
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SIZES = [(1, 1), (3, 130), (130, 3), (257, 80)]
+PARTS = amaxes.PARTS
+
+
+@pytest.fixture(autouse=True)
+def _few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes milliseconds a program, were it idle."""
+    monkeypatch.setattr(amaxes, "PARTS", 4)
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -38,27 +46,49 @@ def same(got: torch.Tensor, want: torch.Tensor) -> bool:
     return got.shape == want.shape and torch.equal(got.nan_to_num(123.0), want.nan_to_num(123.0))
 
 
+def all_same(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> bool:
+    return all(same(*pair) for pair in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [(1,), (5000,), (7, 11, 13), (3, 9000)])
+@pytest.mark.parametrize("size", [(), (1,), (5000,), (7, 11, 13), (3, 9000)])
 def test_amax(size: tuple[int, ...], dtype: torch.dtype) -> None:
     x = sample(*size, dtype=dtype)
-    got = kernels.amax(x)
+    got = amaxes.amax(x)
     assert got.dtype is dtype
     assert torch.equal(got, compute_amax(x))
 
 
-def test_a_program_of_amax_strides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_AMAX_PROGRAMS", 2)
-    x = sample(5 * 8192 + 3)
-    x[-1] = -100
-    assert kernels.amax(x).item() == 100
+@pytest.mark.parametrize("kept", [0, 1, 1 << 30])
+def test_a_program_of_amax_strides(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five blocks and a bit among two programs: three rounds, of which L2 keeps none, the last or all."""
+    monkeypatch.setattr(amaxes, "PARTS", 2)
+    monkeypatch.setattr(amaxes, "_KEPT_BYTES", kept)
+    blocks = sample(5 * 8192 + 3).split(8192)
+    for number, block in enumerate(blocks):
+        block[-1] = -100 - number
+    x = torch.cat(blocks)
+    assert amaxes.amaxes_of_parts(x).tolist() == [104, 105]
+    assert amaxes.amaxes_of_parts(x[: 2 * 8192]).tolist() == [100, 101]
+    assert amaxes.amaxes_of_parts(x[:8192]).tolist() == [100, 0]
+
+
+def test_amax_reads_a_dense_tensor_where_it_lies() -> None:
+    x = sample(4, 6, 10)
+    turned = x.permute(2, 0, 1)
+    assert amaxes._dense(turned).data_ptr() == x.data_ptr()
+    gaps = x[:, ::2].permute(1, 2, 0)
+    gaps[2, 3, 1] = 50
+    x[0, 1] = 70  # in a gap
+    assert amaxes.amax(gaps).item() == 50
+    assert amaxes.amax(turned).item() == 70
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
 def test_amax_keeps_what_is_not_finite(bad: float) -> None:
     x = sample(300, dtype=torch.bfloat16)
     x[7], x[9] = bad, math.inf
-    assert same(kernels.amax(x), compute_amax(x))
+    assert same(amaxes.amax(x), compute_amax(x))
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
@@ -82,6 +112,32 @@ def test_one_scale_both_layouts(size: tuple[int, int], dtype: torch.dtype) -> No
     assert same(columns, want.t())
     assert columns.is_contiguous()
     assert same(kernels.cast_transposed(x, scale, E4M3, stored_as=torch.float32), want.t())
+
+
+def scaled_and_cast(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    scale = scale_from_amax(compute_amax(x), dtype)
+    rows = rounded_away(x, scale, dtype)
+    return rows, rows.t(), scale, inverse_scale(scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [*SIZES, (128, 144)])
+def test_a_scale_made_by_the_cast(size: tuple[int, int], dtype: torch.dtype) -> None:
+    for float8 in (E4M3, E5M2):
+        x = sample(*size, dtype=dtype)
+        got = kernels.scale_and_cast_both(x, float8, stored_as=torch.float32)
+        assert all_same(got, scaled_and_cast(x, float8))
+    strided = sample(40, 60, dtype=dtype)[::2, 10:50].t()
+    got = kernels.scale_and_cast_both(strided, E4M3, stored_as=torch.float32)
+    assert all_same(got, scaled_and_cast(strided, E4M3))
+
+
+@pytest.mark.parametrize("largest", [0, 1e-12, 1e-13, 3, 3.3e38, math.inf, math.nan, -math.inf])
+def test_a_scale_made_by_the_cast_of_edge_values(largest: float) -> None:
+    x = torch.zeros(3, 20, dtype=torch.bfloat16)
+    x[2, 7] = largest
+    got = kernels.scale_and_cast_both(x, E5M2, stored_as=torch.float32)
+    assert all_same(got, scaled_and_cast(x, E5M2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -191,6 +247,7 @@ def test_operators_without_a_gpu_are_the_reference(size: tuple[int, int], dtype:
         (cast.amax, (x,)),
         (cast.cast_float8, (x, scale, dtype)),
         (cast.cast_both, (x, scale, dtype)),
+        (cast.scale_and_cast_both, (x, dtype)),
         (cast.cast_transposed, (x, scale, dtype)),
         (cast.transpose_float8, (x8,)),
         (cast.cast_rows, (x, dtype, True)),
@@ -209,6 +266,9 @@ def test_operators_without_a_gpu_are_the_reference(size: tuple[int, int], dtype:
 
 
 VECTOR_LOAD, VECTOR_STORE = "ld.global.v4.b32", "st.global.v4.b32"
+LET_GO_LOAD = "ld.global.L1::evict_first.L2::cache_hint.v4.b32"
+KEEP_LOAD = "ld.global.L1::evict_last.L2::cache_hint.v4.b32"
+LET_GO_STORE = "st.global.L1::evict_first.L2::cache_hint.v4.b32"
 
 
 def compiled(
@@ -217,8 +277,9 @@ def compiled(
     """`kernel` for Hopper, with all that can be a multiple of 16."""
     names = sizes.split()
     signature = {**pointers, **dict.fromkeys(names, "i32"), **dict.fromkeys(constants, "constexpr")}
+    aligned = [name for name in (*pointers, *names) if name not in ("passing", "rounds")]
     return compile_for_hopper(
-        f"kernels.triton.{kernel}", signature, constants, num_warps=warps, aligned=(*pointers, *names)
+        f"kernels.triton.{kernel}", signature, constants, num_warps=warps, aligned=tuple(aligned)
     )
 
 
@@ -235,13 +296,59 @@ def test_tiles_compile_for_hopper(rows: bool, lines: bool) -> None:
             "columns_ptr": "*fp8e4nv",
         },
         "m k",
-        {"fmax": 448.0, "WRITE_ROWS": rows, "BY_LINE": lines, "TILE": kernels._TILE},
+        {
+            "fmax": 448.0,
+            "WRITE_ROWS": rows,
+            "BY_LINE": lines,
+            "TILE": kernels._TILE,
+            "LET_GO": kernels.LET_GO,
+            "COLUMNS": kernels._COLUMNS,
+        },
         kernels.TILE_WARPS,
     )
     assert found["stack"] == 0
     assert found["registers"] <= 80  # three programs a multiprocessor
-    assert VECTOR_LOAD in found["accesses"]
-    assert [access for access in found["accesses"] if access.startswith("st.")] == [VECTOR_STORE]
+    assert LET_GO_LOAD in found["accesses"]
+    stores = {access for access in found["accesses"] if access.startswith("st.")}
+    assert stores == ({VECTOR_STORE, LET_GO_STORE} if rows else {LET_GO_STORE})
+
+
+def test_an_amax_and_its_cast_compile_for_hopper() -> None:
+    """Four programs a multiprocessor of either; the scale and its inverse alone are stored by 4 bytes."""
+    policies = {"LET_GO": amaxes.LET_GO, "KEEP": amaxes._KEEP}
+    found = compiled(
+        "amax:amax_kernel",
+        {"x_ptr": "*bf16", "amaxes_ptr": "*fp32"},
+        "n passing rounds",
+        {"BLOCK": amaxes._ELEMENTS, **policies},
+        8,
+    )
+    assert found["stack"] == 0
+    assert found["registers"] <= 64
+    assert found["accesses"] == [LET_GO_LOAD, KEEP_LOAD, "st.global.b32"]
+    pointers = {"x_ptr": "*bf16", "amaxes_ptr": "*fp32", "rows_ptr": "*fp8e5", "columns_ptr": "*fp8e5"}
+    found = compiled(
+        "cast:scale_and_cast_tiles_kernel",
+        {**pointers, "scale_ptr": "*fp32", "inverse_ptr": "*fp32"},
+        "m k",
+        {
+            "fmax": 57344.0,
+            "PARTS": PARTS,
+            "TILE": kernels._TILE,
+            "LET_GO": kernels.LET_GO,
+            "COLUMNS": kernels._COLUMNS,
+        },
+        kernels.TILE_WARPS,
+    )
+    assert found["stack"] == 0
+    assert found["registers"] <= 64
+    assert set(found["accesses"]) == {
+        LET_GO_LOAD,
+        "ld.global.v2.b32",
+        VECTOR_STORE,
+        LET_GO_STORE,
+        "st.global.b32",
+    }
 
 
 @pytest.mark.parametrize(

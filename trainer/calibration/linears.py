@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from converters.float8.config import Float8LinearConfig
 from converters.float8.convert import convert_to_float8_training
+from parallelisms.compile import compiler_options
 from trainer.calibration.timing import Times, Work, time_in_turns
 
 PLAIN = "plain"
@@ -79,9 +80,13 @@ def float8_linear(
 def forward_and_backward(module: nn.Module, operands: Operands, *, compiled: bool) -> Work:
     """A function that runs `module` forward and backward once.
 
-    Compiled for exactly these sizes: `torch.compile` otherwise turns sizes that change into variables.
+    Compiled as blocks are, whose graph passes know Octavo's linears alone, but for exactly these sizes:
+    `torch.compile` otherwise turns sizes that change into variables.
     """
-    forward = torch.compile(module, fullgraph=True, dynamic=False) if compiled else module
+    forward: nn.Module = module
+    if compiled:
+        options = compiler_options("inductor")
+        forward = torch.compile(module, fullgraph=True, dynamic=False, options=options)
     parameters = [operands.x, *module.parameters()]
 
     return lambda: torch.autograd.grad(forward(operands.x), parameters, operands.dy)
