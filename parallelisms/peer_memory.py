@@ -33,6 +33,11 @@ _GRAIN = 16 * 2**20
 _held = 0
 
 
+def piece_bytes(size: int) -> int:
+    """What a piece that holds `size` bytes takes."""
+    return -(-size // _GRAIN) * _GRAIN
+
+
 def bytes_held() -> int:
     """Bytes of this process in such memory."""
     return _held
@@ -86,7 +91,7 @@ class PeerMemory:
         self._turn = (turn + 1) % len(self._pieces)
         piece = self._pieces[turn]
         if piece is None or len(piece.peers[0]) < size:
-            piece = self._replaced(turn, -(-size // _GRAIN) * _GRAIN, device)
+            piece = self._replaced(turn, piece_bytes(size), device)
         elif piece.done is not None:
             torch.cuda.current_stream(device).wait_event(piece.done)
         return Lent(piece, numel, dtype)

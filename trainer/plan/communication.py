@@ -5,8 +5,9 @@ A collective over n ranks moves, for a tensor of s bytes (whole):
     all-gather, reduce-scatter    s (n - 1) / n
     all-reduce                    2 s (n - 1) / n
 
-and a send moves s. Scalars (losses, token counts, gradient norms, float8 scales) are counted as calls;
-their bytes are nothing beside the rest.
+and a send moves s. Copies between GPUs move what the collective does that they replace, and have its name.
+Scalars (losses, token counts, gradient norms, float8 scales) are counted as calls; their bytes are nothing
+beside the rest.
 """
 
 from __future__ import annotations

@@ -23,6 +23,16 @@ The order of events is FSDP2's (torch.distributed.fsdp, 2.11 to 2.13):
 The embedding's backward reads no weight, so it is not gathered there. Gradients that travel in bf16 have an
 input of half the size, and as much again for what is received.
 
+With copies between GPUs (`parallelisms.fsdp_copies`) there are two pools more:
+
+    peer       memory that other GPUs copy from or to, for good: the largest unit's gradients as received;
+               where weights stay, two pieces for the shards on their way. Not the allocator's, but logged
+    arrival    a unit's weights when they are gathered for the first time, with no place to lie in yet; these
+               buffers follow each other as those in the gather pool do, which has the shards' casts alone
+
+From then on weights lie in the main pool, in backward and after it too. A unit's gradients have no input: they
+stay as backward left them until the next unit's reduction, as an input does.
+
 On one shard there is nothing to gather: weights are cast in the main pool. The reduce pool is there all the
 same, unless the input itself becomes the gradient; with replicas, a division takes room for one unit more.
 """
@@ -30,7 +40,7 @@ same, unless the input itself becomes the gradient; with replicas, a division ta
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 GIB = 2**30
 CATEGORIES = (
@@ -46,6 +56,8 @@ CATEGORIES = (
 WORKSPACE_BYTES = 2 * 32 * 2**20
 """cuBLAS asks for 32 MiB on Hopper, once in forward's thread and once in backward's."""
 _MAIN, _GATHER, _REDUCE = "main", "gather", "reduce"
+_PEER, _ARRIVAL = "peer", "arrival"
+"""Pools of runs with copies between GPUs alone."""
 _FP32 = 4
 
 
@@ -59,9 +71,9 @@ class Ledger:
 
     def alloc(self, category: str, size: int, pool: str = _MAIN) -> None:
         """Take `size` bytes."""
-        held = self._held[pool]
+        held = self._held.setdefault(pool, Counter())
         held[category] += size
-        if held.total() > self.at_peak[pool].total():
+        if held.total() > self.at_peak.setdefault(pool, Counter()).total():
             self.at_peak[pool] = held.copy()
         self.allocated_peak = max(self.allocated_peak, sum(pool.total() for pool in self._held.values()))
 
@@ -114,6 +126,8 @@ class Reduction:
     See `parallelisms.direct_weights`; units gather nothing."""
     widens: bool = False
     """These gradients are cast to the parameters' dtype after backward."""
+    peer_bytes: int = 0
+    """Of the peer memory that gradients are copied into, from where backward left them."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +162,8 @@ class StepShape:
     reduction: Reduction = Reduction()
     kept_shards_bytes: int = 0
     """Of float8 shards that are cast once a step, `quantize.linear.float8.keep_float8_shards`."""
+    peer_weight_bytes: int = 0
+    """Of the peer memory that shards are copied from, to whole weights that last over steps."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +173,7 @@ class MemoryPlan:
     by_category: dict[str, int]
     """Bytes at the pools' peaks; they sum to `reserved_bytes`."""
     by_pool: dict[str, int]
+    """Those that `replay` has, and with copies between GPUs `peer` and `arrival`."""
     allocated_bytes: int
     """Peak of what tensors hold at one time."""
     host_bytes: int = 0
@@ -180,6 +197,10 @@ def replay(step: StepShape) -> MemoryPlan:
     ledger.alloc("optimizer", step.optimizer_bytes * persistent)
     ledger.alloc("gathered weights", step.reduction.copies_bytes)
     ledger.alloc("gathered weights", step.kept_shards_bytes, _GATHER if step.fsdp_degree > 1 else _MAIN)
+    if step.reduction.peer_bytes:
+        ledger.alloc("gradient buffers", step.reduction.peer_bytes, _PEER)
+    if step.peer_weight_bytes:
+        step = _gather_for_good(ledger, step)
     _forward(ledger, step)
     if step.whole_gradients:
         _pipeline_backward(ledger, step)
@@ -202,12 +223,22 @@ def replay(step: StepShape) -> MemoryPlan:
     )
 
 
-def _gather(ledger: Ledger, step: StepShape, unit: Unit, held: int) -> int:
+def _gather_for_good(ledger: Ledger, step: StepShape) -> StepShape:
+    """The first step's gathers by copies; returns the shape of a later step, which takes no more for them."""
+    ledger.alloc("gathered weights", step.peer_weight_bytes, _PEER)
+    buffer = 0
+    for unit in step.units:
+        buffer = _gather(ledger, step, unit, buffer, _ARRIVAL)
+    ledger.free("gathered weights", buffer, _ARRIVAL)
+    return replace(step, units=tuple(replace(unit, gathered_bytes=0) for unit in step.units))
+
+
+def _gather(ledger: Ledger, step: StepShape, unit: Unit, held: int, pool: str = _GATHER) -> int:
     """Gather a unit into the main pool; returns the size of the buffer that stays until the next copy-out."""
     if step.fsdp_degree > 1:
         ledger.touch("gathered weights", unit.gathered_bytes // step.fsdp_degree, _GATHER)
-        ledger.alloc("gathered weights", unit.gathered_bytes, _GATHER)
-        ledger.free("gathered weights", held, _GATHER)
+        ledger.alloc("gathered weights", unit.gathered_bytes, pool)
+        ledger.free("gathered weights", held, pool)
     ledger.alloc("gathered weights", unit.gathered_bytes)
     return unit.gathered_bytes if step.fsdp_degree > 1 else 0
 
@@ -289,9 +320,12 @@ def _reduce(ledger: Ledger, step: StepShape, unit: Unit, whole: int, former: int
     """Reduce-scatter a unit's gradients; returns the size of what waits for the next unit."""
     ledger.free("gradient buffers", former)
     how, alone = step.reduction, step.fsdp_degree == 1
-    size = unit.local_numel * how.wire_bytes
-    ledger.alloc("gradient buffers", size)
-    ledger.free("gradient buffers", whole)
+    if how.peer_bytes:  # the gradients themselves are what waits
+        size = whole
+    else:
+        size = unit.local_numel * how.wire_bytes
+        ledger.alloc("gradient buffers", size)
+        ledger.free("gradient buffers", whole)
     reduced, result = unit.shard_numel * _FP32, unit.shard_numel * step.master_bytes
     pooled = how.in_compute_pool and not gradients
     if pooled and alone:  # the input is the result
@@ -307,7 +341,7 @@ def _reduce(ledger: Ledger, step: StepShape, unit: Unit, whole: int, former: int
             ledger.free("gradients", reduced, _REDUCE)
         if gradients or step.offloaded:
             ledger.free("gradients", result, _REDUCE)  # added to what is there, or copied to the host
-    if how.wire_bytes < _FP32:
+    if how.wire_bytes < _FP32 and not how.peer_bytes:
         ledger.alloc("gradient buffers", size)  # what is received
         return 2 * size
     return size

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from parallelisms.peer_memory import piece_bytes
 from trainer.config.derived import model_config
 from trainer.plan.activations import BlockMemory, Recompute
 from trainer.plan.layout import Layout, Stage
@@ -100,6 +101,7 @@ def step_shape(
         config.training.enable_cpu_offload,
         reduction,
         sum(unit.float8_shard_numel for unit in units) if keeps else 0,
+        _peer_weight_bytes(config, layout, units),
     )
 
 
@@ -111,14 +113,34 @@ def _reduction(config: Any, layout: Layout, units: tuple[Unit, ...]) -> Reductio
     how, replicas = config.parallelism.fsdp_reduce_scatter, layout.degrees["dp_replicate"]
     accumulates = layout.degrees["pp"] == 1 and layout.rounds > 1
     widens = how != "bfloat16_wire" or layout.fsdp_degree == 1
+    wire = _FP32 if widens else element_bytes(config)
+    received = max(unit.shard_numel for unit in units) * layout.fsdp_degree * wire
     return Reduction(
-        wire_bytes=_FP32 if widens else element_bytes(config),
+        wire_bytes=wire,
         in_compute_pool=how != "torch"
         and config.training.dtype == "float32"
         and not config.training.enable_cpu_offload
         and not (replicas > 1 and accumulates),
         divides=layout.fsdp_degree == 1 and replicas > 1,
+        peer_bytes=0 if widens or not _copies(config, layout) else piece_bytes(received),
     )
+
+
+def _copies(config: Any, layout: Layout) -> bool:
+    """Whether GPUs copy from and to each other's memory, see `parallelisms.fsdp`."""
+    return config.parallelism.fsdp_transport == "copy_engine" and layout.fsdp_degree > 1
+
+
+def _peer_weight_bytes(config: Any, layout: Layout, units: tuple[Unit, ...]) -> int:
+    """Of the two pieces that units pass their shards through, in turn; weights that are freed use none."""
+    if not _copies(config, layout) or config.parallelism.reshards_after_forward(layout.fsdp_degree):
+        return 0
+    element = element_bytes(config)
+    shards = [
+        element * (unit.shard_numel - unit.float8_shard_numel) + unit.float8_shard_numel for unit in units
+    ]
+    turns = [*shards, *shards]  # of two steps: where units are odd in number, each has had both pieces
+    return piece_bytes(max(turns[::2])) + piece_bytes(max(turns[1::2]))
 
 
 def _units(

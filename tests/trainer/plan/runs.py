@@ -26,6 +26,8 @@ COMPILE = ["--compile.enable"]
 PRECOMPUTE = "--float8.precompute_float8_dynamic_scale_for_fsdp"
 ONE_PASS = "--optimizer.implementation=one_pass"
 NEVER = "--parallelism.fsdp_reshard_after_forward=never"
+WIRE = "--parallelism.fsdp_reduce_scatter=bfloat16_wire"
+COPIES = "--parallelism.fsdp_transport=copy_engine"
 IN_FLOAT8 = "--float8.saved_input=float8"
 KEEP_TURNED = "--float8.no_force_recompute_fp8_weight_in_bwd"
 FUSED = ["--model.overrides.norm_kernel=fused", "--model.overrides.swiglu_kernel=fused"]

@@ -5,6 +5,7 @@ import pytest
 from tests.trainer.plan.runs import (
     BF16,
     COMPILE,
+    COPIES,
     EIGHT_LAYERS,
     FLOAT8,
     FORMER,
@@ -21,6 +22,7 @@ from tests.trainer.plan.runs import (
     ROWWISE,
     TWO,
     WHOLE,
+    WIRE,
     plan,
 )
 from trainer.plan.memory import GIB
@@ -94,9 +96,26 @@ def test_measured_peaks_with_kernels(flags, measured):
 )
 def test_measured_peaks_of_two(flags, measured):
     """8B over two H200, as above, gradients travelling in bf16."""
-    flags = [*WHOLE, *COMPILE, ONE_PASS, "--parallelism.fsdp_reduce_scatter=bfloat16_wire", *flags]
+    flags = [*WHOLE, *COMPILE, ONE_PASS, WIRE, *flags]
     peak = plan(flags, 2, "h200").worst.reserved_bytes / GIB
     assert peak == pytest.approx(measured, rel=0.04)
+
+
+@pytest.mark.parametrize(
+    ("flags", "measured"),
+    [
+        ([], 101.13),
+        ([*GATHER, PRECOMPUTE, *FUSED], 90.50),
+        (ROWWISE, 92.36),
+        ([*GATHER, PRECOMPUTE, *FUSED, *TWO], 122.21),
+    ],
+    ids=["bf16", "tensorwise-fused", "rowwise", "two-fused"],
+)
+def test_measured_peaks_of_copies_between_gpus(flags, measured):
+    """As above, weights never resharded. Peer memory is logged with the allocator's."""
+    flags = [*WHOLE, *NONE, *COMPILE, ONE_PASS, WIRE, NEVER, COPIES, *flags]
+    peak = plan(flags, 2, "h200").worst.reserved_bytes / GIB
+    assert peak == pytest.approx(measured, rel=0.015)
 
 
 @pytest.mark.parametrize(
