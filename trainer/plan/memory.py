@@ -30,8 +30,8 @@ With copies between GPUs (`parallelisms.fsdp_copies`) there are two pools more:
     arrival    a unit's weights when they are gathered for the first time, with no place to lie in yet; these
                buffers follow each other as those in the gather pool do, which has the shards' casts alone
 
-From then on weights lie in the main pool, in backward and after it too. A unit's gradients have no input: they
-stay as backward left them until the next unit's reduction, as an input does.
+From then on weights lie in the main pool, in backward and after it too. A unit's gradients have no input:
+they stay as backward left them until the next unit's reduction, as an input does.
 
 On one shard there is nothing to gather: weights are cast in the main pool. The reduce pool is there all the
 same, unless the input itself becomes the gradient; with replicas, a division takes room for one unit more.

@@ -114,7 +114,7 @@ def _reduction(config: Any, layout: Layout, units: tuple[Unit, ...]) -> Reductio
     accumulates = layout.degrees["pp"] == 1 and layout.rounds > 1
     widens = how != "bfloat16_wire" or layout.fsdp_degree == 1
     wire = _FP32 if widens else element_bytes(config)
-    received = max(unit.shard_numel for unit in units) * layout.fsdp_degree * wire
+    received = max((unit.shard_numel for unit in units), default=0) * layout.fsdp_degree * wire
     return Reduction(
         wire_bytes=wire,
         in_compute_pool=how != "torch"

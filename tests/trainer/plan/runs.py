@@ -1,7 +1,8 @@
-"""Flags of runs whose memory is planned, and the plan."""
+"""Flags of runs whose memory is planned, and the plan; a step that is small enough to count by hand."""
 
 from trainer.config.load import load
 from trainer.metrics.devices import DEVICES
+from trainer.plan.memory import StepShape, Unit
 from trainer.plan.plan import make_plan
 
 DEVICE = {device.key: device for device in DEVICES}
@@ -42,6 +43,24 @@ FORMER = [
 
 EMBEDDING, NORMS, LINEARS = 525_336_576, 69_632, 1_744_830_464
 """Elements of eight layers of the 8B flavor: of the table, of all norms, of the blocks' linears."""
+
+HAND_COUNTED = StepShape(
+    units=(Unit("block", 200, 100, 50, False, 70, 30), Unit("head", 20, 10, 5, True, 8, 0)),
+    parameter_bytes=220,
+    optimizer_bytes=440,
+    fsdp_degree=2,
+    in_flight=1,
+    accumulates=False,
+    whole_gradients=False,
+    logits_bytes=40,
+    loss_forward_bytes=0,
+    loss_saved_bytes=40,
+    loss_backward_bytes=40,
+    compute_bytes=2,
+    master_bytes=4,
+    offloaded=False,
+)
+"""Two units of 100 and 10 elements over 2 ranks."""
 
 
 def plan(flags, world_size=1, device="h100"):
