@@ -14,6 +14,7 @@ from tests.trainer.plan.runs import (
     GATHER,
     IN_FLOAT8,
     KEEP_TURNED,
+    NCCL,
     NEVER,
     NONE,
     ONE_PASS,
@@ -95,8 +96,8 @@ def test_measured_peaks_with_kernels(flags, measured):
     ids=["bf16", "tensorwise", "kept", "kept-fused", "rowwise-kept", "two", "two-per-op"],
 )
 def test_measured_peaks_of_two(flags, measured):
-    """8B over two H200, as above, gradients travelling in bf16."""
-    flags = [*WHOLE, *COMPILE, ONE_PASS, WIRE, *flags]
+    """8B over two H200, as above, gradients travelling in bf16, by NCCL."""
+    flags = [*WHOLE, *COMPILE, ONE_PASS, WIRE, NCCL, *flags]
     peak = plan(flags, 2, "h200").worst.reserved_bytes / GIB
     assert peak == pytest.approx(measured, rel=0.04)
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from tests.trainer.plan.runs import COPIES, EIGHT_LAYERS, HAND_COUNTED, NEVER, ONE_PASS, WIRE, plan
+from tests.trainer.plan.runs import COPIES, EIGHT_LAYERS, HAND_COUNTED, NCCL, NEVER, ONE_PASS, WIRE, plan
 from trainer.plan.memory import WORKSPACE_BYTES, Reduction, replay
 
 
@@ -36,7 +36,7 @@ def test_peer_memory_is_as_large_as_the_largest_unit():
     mib = 2**20
     flags = [*EIGHT_LAYERS, WIRE, ONE_PASS]
     for again in ([], ["--training.global_batch_size=4"]):
-        nccl, copies = (plan([*flags, NEVER, *how, *again], 2) for how in ([], [COPIES]))
+        nccl, copies = (plan([*flags, NEVER, how, *again], 2) for how in (NCCL, COPIES))
         # [norm, output] has 1002.01 MiB of gradients; it and the embedding have shards of 501, in two pieces.
         assert copies.worst.by_pool["peer"] == (1008 + 2 * 512) * mib
         assert copies.worst.by_pool["arrival"] == nccl.worst.by_pool["gather"]
@@ -45,7 +45,7 @@ def test_peer_memory_is_as_large_as_the_largest_unit():
         assert copies.traffic == nccl.traffic
     # Weights that are freed after forward are NCCL's to gather.
     always = "--parallelism.fsdp_reshard_after_forward=always"
-    nccl, copies = (plan([*flags, always, *how], 2).worst.by_pool for how in ([], [COPIES]))
+    nccl, copies = (plan([*flags, always, how], 2).worst.by_pool for how in (NCCL, COPIES))
     assert copies["peer"] == 1008 * mib
     assert copies["gather"] == nccl["gather"]
     assert copies.keys() - nccl.keys() == {"peer"}
