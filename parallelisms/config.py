@@ -22,7 +22,7 @@ class ParallelismConfig:
     """Where sharded gradients lie and how they travel: in a memory pool of their own (`torch`), in that of
     the computation, or there after travelling in bf16; the sum is fp32 in all three. `auto`: on GPUs the last
     where it can be."""
-    fsdp_transport: Literal["auto", "nccl", "copy_engine"] = "auto"
+    fsdp_transport: Literal["auto", "nccl", "copy_engine"] = "nccl"
     """Move gradients (with `bfloat16_wire`), and weights that are not resharded, by NCCL's kernels, or by
     copies between the GPUs of one host, which hold no multiprocessors; `auto` copies where it can."""
     fsdp_single_shard: Literal["auto", "copy", "direct"] = "auto"

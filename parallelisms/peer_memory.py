@@ -113,6 +113,8 @@ class PeerMemory:
         # without this, than another rank's first signal, which would be lost and waited for forever.
         torch.cuda.synchronize(device)
         handle = rendezvous(memory, self._group.group_name)
+        # The table of all ranks' addresses is copied to the GPU on another stream than barriers read it on.
+        torch.cuda.synchronize(device)
         peers = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(self.ranks)]
         peers[self.rank] = memory  # which keeps it alive
         return Piece(peers, handle.barrier)

@@ -10,9 +10,7 @@ written: 0.162 ms, 2.9 TB/s.
 - `scale_and_cast_tiles_kernel`: the same, with the one scale made of the parts' amaxes on the way.
 - `transpose_kernel`: what its name says.
 
-The last elements are cast first, because an amax before has left them in L2 (`kernels.triton.amax`), and L2
-is told to let go of what is read, which nobody reads again; also of x8ᵀ, which is for backward or a linear's
-last GEMM, where x8 is what the next GEMM reads.
+The last elements are cast first: they are what an amax before has left in L2.
 
 A tile is turned in the 2 bytes of its input, before it is cast. The other order is wrong: where a pair of
 float8 is both stored and picked apart for shared memory, ptxas (12.8) folds the conversion into the packing
@@ -32,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.scaling import float8_max, inverse_scale, scale_from_amax
-from kernels.triton.amax import LET_GO, amax, amaxes_of_parts
+from kernels.triton.amax import amax, amaxes_of_parts
 from kernels.triton.magnitude import magnitude
 from kernels.triton.scale import inverse_of, scale_of
 
@@ -40,8 +38,6 @@ _TILE = 128
 """Rows and columns of a tile: 128 bytes, a line of L2, in either direction of float8. Half where a thread's
 elements are not adjacent and each has an address of its own: more than its registers hold."""
 TILE_WARPS = 8
-_COLUMNS = LET_GO
-"""What L2 is told of x8ᵀ."""
 _ELEMENTS = 4096
 """Elements a program casts in `cast_kernel`: 16 a thread of 8 warps, one store each."""
 
@@ -54,11 +50,11 @@ def saturated(x, scale, fmax: tl.constexpr):
 
 
 @triton.jit
-def cast_kernel(x_ptr, scale_ptr, out_ptr, n, fmax: tl.constexpr, BLOCK: tl.constexpr, LET_GO: tl.constexpr):
+def cast_kernel(x_ptr, scale_ptr, out_ptr, n, fmax: tl.constexpr, BLOCK: tl.constexpr):
     """Elementwise cast with one scale, the last block first."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + index, mask=index < n, other=0.0, eviction_policy=LET_GO)
+    x = tl.load(x_ptr + index, mask=index < n, other=0.0)
     y = saturated(x, tl.load(scale_ptr), fmax)
     tl.store(out_ptr + index, y.to(out_ptr.dtype.element_ty), mask=index < n)
 
@@ -72,9 +68,9 @@ def _tile(m, k, TILE: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(x_ptr, row, column, m, k, LET_GO: tl.constexpr):
+def _load_tile(x_ptr, row, column, m, k):
     here = (row < m)[:, None] & (column < k)[None, :]
-    return tl.load(x_ptr + row[:, None] * k + column[None, :], mask=here, other=0.0, eviction_policy=LET_GO)
+    return tl.load(x_ptr + row[:, None] * k + column[None, :], mask=here, other=0.0)
 
 
 @triton.jit
@@ -85,11 +81,11 @@ def _store_rows(x, scale, rows_ptr, row, column, m, k, fmax: tl.constexpr):
 
 
 @triton.jit
-def _store_columns(x, scale, columns_ptr, row, column, m, k, fmax: tl.constexpr, POLICY: tl.constexpr):
+def _store_columns(x, scale, columns_ptr, row, column, m, k, fmax: tl.constexpr):
     there = (column < k)[:, None] & (row < m)[None, :]
-    y = saturated(tl.trans(x), scale, fmax).to(columns_ptr.dtype.element_ty)
+    y = saturated(tl.trans(x), scale, fmax)
     place = column[:, None] * m + row[None, :]
-    tl.store(columns_ptr + place, y, mask=there, eviction_policy=POLICY)
+    tl.store(columns_ptr + place, y.to(columns_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -105,15 +101,13 @@ def cast_tiles_kernel(
     WRITE_ROWS: tl.constexpr,
     BY_LINE: tl.constexpr,
     TILE: tl.constexpr,
-    LET_GO: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
     """X8ᵀ (k, m) and, with WRITE_ROWS, x8 (m, k), of x whose elements are 2 bytes.
 
     One scale, column_scale_ptr's, or BY_LINE one per column for x8ᵀ and one per row for x8.
     """
     row, column = _tile(m, k, TILE)
-    x = _load_tile(x_ptr, row, column, m, k, LET_GO)
+    x = _load_tile(x_ptr, row, column, m, k)
     if BY_LINE:
         row_scale = tl.load(row_scale_ptr + row, mask=(row < m) & WRITE_ROWS, other=0.0)[:, None]
         column_scale = tl.load(column_scale_ptr + column, mask=column < k, other=0.0)[:, None]
@@ -122,7 +116,7 @@ def cast_tiles_kernel(
         column_scale = row_scale
     if WRITE_ROWS:
         _store_rows(x, row_scale, rows_ptr, row, column, m, k, fmax)
-    _store_columns(x, column_scale, columns_ptr, row, column, m, k, fmax, COLUMNS)
+    _store_columns(x, column_scale, columns_ptr, row, column, m, k, fmax)
 
 
 @triton.jit
@@ -138,8 +132,6 @@ def scale_and_cast_tiles_kernel(
     fmax: tl.constexpr,
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
-    LET_GO: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
     """Both layouts as above, the one scale being that of the largest of PARTS amaxes; it and its inverse.
 
@@ -151,9 +143,9 @@ def scale_and_cast_tiles_kernel(
         tl.store(scale_ptr, scale)
         tl.store(inverse_ptr, inverse_of(scale))
     row, column = _tile(m, k, TILE)
-    x = _load_tile(x_ptr, row, column, m, k, LET_GO)
+    x = _load_tile(x_ptr, row, column, m, k)
     _store_rows(x, scale, rows_ptr, row, column, m, k, fmax)
-    _store_columns(x, scale, columns_ptr, row, column, m, k, fmax, COLUMNS)
+    _store_columns(x, scale, columns_ptr, row, column, m, k, fmax)
 
 
 @triton.jit
@@ -179,9 +171,7 @@ def cast_float8_into(out: Tensor, x: Tensor, scale: Tensor, dtype: torch.dtype) 
     x = x.contiguous()
     grid = (triton.cdiv(x.numel(), _ELEMENTS),)
     with torch.cuda.device_of(x):
-        cast_kernel[grid](
-            x, scale, out, x.numel(), float8_max(dtype), BLOCK=_ELEMENTS, LET_GO=LET_GO, num_warps=8
-        )
+        cast_kernel[grid](x, scale, out, x.numel(), float8_max(dtype), BLOCK=_ELEMENTS, num_warps=8)
     return out
 
 
@@ -220,8 +210,6 @@ def scale_and_cast_both(
             float8_max(dtype),
             PARTS=amaxes.numel(),
             TILE=tile_of(x),
-            LET_GO=LET_GO,
-            COLUMNS=_COLUMNS,
             num_warps=TILE_WARPS,
         )
     return rows, columns, scale, inverse
@@ -289,8 +277,6 @@ def cast_tiles(
             WRITE_ROWS=rows is not None,
             BY_LINE=by_line,
             TILE=tile_of(x),
-            LET_GO=LET_GO,
-            COLUMNS=_COLUMNS,
             num_warps=TILE_WARPS,
         )
     return columns

@@ -1,5 +1,6 @@
 """Memory pools, streams and the wire of FSDP2's reduction, on real streams; direct weights on one GPU."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -54,6 +55,7 @@ def shard(model, mesh, *, reshard_after_forward, **options):
 
 def run(rank, world_size, how, deterministic=False, transport="nccl"):
     """Gradients of three steps with an update after each, the second of two micro-batches; peak memory."""
+    gc.collect()  # what a former run holds in cycles would count as there before
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch.use_deterministic_algorithms(deterministic, warn_only=True)

@@ -59,11 +59,9 @@ def test_amax(size: tuple[int, ...], dtype: torch.dtype) -> None:
     assert torch.equal(got, compute_amax(x))
 
 
-@pytest.mark.parametrize("kept", [0, 1, 1 << 30])
-def test_a_program_of_amax_strides(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five blocks and a bit among two programs: three rounds, of which L2 keeps none, the last or all."""
+def test_a_program_of_amax_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five blocks and a bit among two programs: three rounds."""
     monkeypatch.setattr(amaxes, "PARTS", 2)
-    monkeypatch.setattr(amaxes, "_KEPT_BYTES", kept)
     blocks = sample(5 * 8192 + 3).split(8192)
     for number, block in enumerate(blocks):
         block[-1] = -100 - number
@@ -266,9 +264,6 @@ def test_operators_without_a_gpu_are_the_reference(size: tuple[int, int], dtype:
 
 
 VECTOR_LOAD, VECTOR_STORE = "ld.global.v4.b32", "st.global.v4.b32"
-LET_GO_LOAD = "ld.global.L1::evict_first.L2::cache_hint.v4.b32"
-KEEP_LOAD = "ld.global.L1::evict_last.L2::cache_hint.v4.b32"
-LET_GO_STORE = "st.global.L1::evict_first.L2::cache_hint.v4.b32"
 
 
 def compiled(
@@ -277,7 +272,7 @@ def compiled(
     """`kernel` for Hopper, with all that can be a multiple of 16."""
     names = sizes.split()
     signature = {**pointers, **dict.fromkeys(names, "i32"), **dict.fromkeys(constants, "constexpr")}
-    aligned = [name for name in (*pointers, *names) if name not in ("passing", "rounds")]
+    aligned = [name for name in (*pointers, *names) if name != "rounds"]
     return compile_for_hopper(
         f"kernels.triton.{kernel}", signature, constants, num_warps=warps, aligned=tuple(aligned)
     )
@@ -301,31 +296,27 @@ def test_tiles_compile_for_hopper(rows: bool, lines: bool) -> None:
             "WRITE_ROWS": rows,
             "BY_LINE": lines,
             "TILE": kernels._TILE,
-            "LET_GO": kernels.LET_GO,
-            "COLUMNS": kernels._COLUMNS,
         },
         kernels.TILE_WARPS,
     )
     assert found["stack"] == 0
     assert found["registers"] <= 80  # three programs a multiprocessor
-    assert LET_GO_LOAD in found["accesses"]
-    stores = {access for access in found["accesses"] if access.startswith("st.")}
-    assert stores == ({VECTOR_STORE, LET_GO_STORE} if rows else {LET_GO_STORE})
+    assert VECTOR_LOAD in found["accesses"]
+    assert {access for access in found["accesses"] if access.startswith("st.")} == {VECTOR_STORE}
 
 
 def test_an_amax_and_its_cast_compile_for_hopper() -> None:
     """Four programs a multiprocessor of either; the scale and its inverse alone are stored by 4 bytes."""
-    policies = {"LET_GO": amaxes.LET_GO, "KEEP": amaxes._KEEP}
     found = compiled(
         "amax:amax_kernel",
         {"x_ptr": "*bf16", "amaxes_ptr": "*fp32"},
-        "n passing rounds",
-        {"BLOCK": amaxes._ELEMENTS, **policies},
+        "n rounds",
+        {"BLOCK": amaxes._ELEMENTS},
         8,
     )
     assert found["stack"] == 0
     assert found["registers"] <= 64
-    assert found["accesses"] == [LET_GO_LOAD, KEEP_LOAD, "st.global.b32"]
+    assert found["accesses"] == [VECTOR_LOAD, "st.global.b32"]
     pointers = {"x_ptr": "*bf16", "amaxes_ptr": "*fp32", "rows_ptr": "*fp8e5", "columns_ptr": "*fp8e5"}
     found = compiled(
         "cast:scale_and_cast_tiles_kernel",
@@ -335,18 +326,15 @@ def test_an_amax_and_its_cast_compile_for_hopper() -> None:
             "fmax": 57344.0,
             "PARTS": PARTS,
             "TILE": kernels._TILE,
-            "LET_GO": kernels.LET_GO,
-            "COLUMNS": kernels._COLUMNS,
         },
         kernels.TILE_WARPS,
     )
     assert found["stack"] == 0
     assert found["registers"] <= 64
     assert set(found["accesses"]) == {
-        LET_GO_LOAD,
+        VECTOR_LOAD,
         "ld.global.v2.b32",
         VECTOR_STORE,
-        LET_GO_STORE,
         "st.global.b32",
     }
 
