@@ -95,7 +95,7 @@ def apply_fsdp(
         peers = peer_memory(mesh, pieces=2)  # the next unit's beside the present one's
         for unit in units:
             PeerAllGather(unit.modules[0], peers)
-    return _describe(mesh, len(units), param_dtype, reduce_dtype, reduce_scatter)
+    return _describe(mesh, len(units), param_dtype, reduce_dtype, reduce_scatter, copies)
 
 
 def peer_memory(mesh: DeviceMesh, pieces: int = 1) -> PeerMemory:
@@ -145,13 +145,20 @@ def _as_shard(module: nn.Module, mesh: DeviceMesh) -> nn.Parameter:
 
 
 def _describe(
-    mesh: DeviceMesh, units: int, param_dtype: torch.dtype, reduce_dtype: torch.dtype, reduce_scatter: str
+    mesh: DeviceMesh,
+    units: int,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    reduce_scatter: str,
+    copies: bool,
 ) -> str:
     kind, over = "HSDP" if mesh.ndim == 2 else "FSDP", " x ".join(str(size) for size in mesh.shape)
     if mesh.ndim == 2 and mesh.shape[1] == 1:
         kind, over = "DDP", str(mesh.shape[0])
     names = {torch.bfloat16: "bf16", torch.float32: "fp32"}
     how = {"torch": "", "compute_pool": " in the compute pool", "bfloat16_wire": " after travelling in bf16"}
+    if copies:
+        how["bfloat16_wire"] += " by copies between GPUs"
     if mesh.shape[-1] == 1:
         how["bfloat16_wire"] = " in the compute pool (of one shard nothing travels)"
     return (
