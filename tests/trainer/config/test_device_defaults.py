@@ -7,6 +7,7 @@ from trainer.config.load import load
 
 ONE_PASS = "--optimizer.implementation=one_pass"
 FLOAT8 = "--quantize.linear.float8"
+COPIES_WHERE_IT_CAN = "--parallelism.fsdp_transport=auto"
 CONVERT = "--model.converters=float8"
 
 
@@ -54,7 +55,7 @@ def test_one_gpu():
 
 @pytest.mark.parametrize(("peers", "transport"), [(True, "copy_engine"), (False, "nccl")])
 def test_two_gpus(peers, transport):
-    found = chosen([ONE_PASS, CONVERT], world_size=2, peers=peers)
+    found = chosen([ONE_PASS, CONVERT, COPIES_WHERE_IT_CAN], world_size=2, peers=peers)
     assert (found["single"], found["reduce"], found["transport"]) == ("copy", "bfloat16_wire", transport)
 
 
@@ -72,7 +73,7 @@ def test_two_gpus(peers, transport):
     ],
 )
 def test_gradients_travel_in_bf16_where_they_are_sharded_and_reduced_at_once(flags, reduce):
-    found = chosen(flags, world_size=4, peers=True)
+    found = chosen([*flags, COPIES_WHERE_IT_CAN], world_size=4, peers=True)
     assert found["reduce"] == reduce
     assert found["transport"] == ("copy_engine" if reduce == "bfloat16_wire" else "nccl")
 
