@@ -39,7 +39,7 @@ _MEASURED: dict[object, tuple[int, ...]] = {
 """Operator -> those of its results whose amaxes it gives, in this order, as its last result: fp32, and empty
 unless its last argument is True."""
 
-_SAME_ELEMENTS = {
+SAME_ELEMENTS = {
     _aten.view.default,
     _aten._unsafe_view.default,
     _aten.reshape.default,
@@ -51,6 +51,7 @@ _SAME_ELEMENTS = {
     _aten.alias.default,
     _aten.clone.default,
 }
+"""Of which the amax is that of what they are given."""
 _EXACT_IN_FP32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -85,7 +86,7 @@ def measured_by(amax: Node) -> Node | None:
 def _producer_of(amax: Node) -> tuple[Node, int] | None:
     """(the kernel, which of its amaxes) that gives what `amax` computes."""
     t = measured_by(amax)
-    while isinstance(t, Node) and t.target in _SAME_ELEMENTS:
+    while isinstance(t, Node) and t.target in SAME_ELEMENTS:
         t = t.args[0]
     if not isinstance(t, Node) or t.target is not operator.getitem:
         return None

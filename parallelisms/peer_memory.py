@@ -99,6 +99,8 @@ class PeerMemory:
     def _replaced(self, turn: int, size: int, device: torch.device) -> Piece:
         global _held
         if (former := self._pieces[turn]) is not None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # barriers read a table that goes with it
             _held -= len(former.peers[0])
         self._pieces[turn] = former = None
         self._pieces[turn] = piece = self._make(size, device)

@@ -33,22 +33,12 @@ from torch.fx import Graph, Node
 
 from kernels import cast  # noqa: F401  (it defines the operators)
 from kernels.scaling import MIN_AMAX, float8_max
-from parallelisms.amax_pass import measured_by
+from parallelisms.amax_pass import SAME_ELEMENTS, measured_by
 
 _aten, _octavo = torch.ops.aten, torch.ops.octavo
 _convert = torch.ops.prims.convert_element_type.default
 
-_VIEWS = {
-    _aten.view.default,
-    _aten._unsafe_view.default,
-    _aten.reshape.default,  # as inductor calls a view; what copied when it was traced has a clone before it
-    _aten.permute.default,
-    _aten.transpose.int,
-    _aten.t.default,
-    _aten.squeeze.dim,
-    _aten.unsqueeze.default,
-    _aten.alias.default,
-}
+_VIEWS = SAME_ELEMENTS - {_aten.clone.default}
 """Of all elements, without a copy: a copy is a kernel that an amax can be fused with."""
 _GEMMS = {
     _aten.mm.default,
