@@ -16,8 +16,8 @@ norms, unevenly sharded weights), they go as bytes.
 
 FSDP2 finds `fsdp_pre_all_gather` and `fsdp_post_all_gather` on the local tensor of a sharded
 parameter; so the parameter is a `FSDPFloat8Shard`, a wrapper that behaves as the plain tensor in it.
-What is gathered is a `GatheredFloat8`, which `Float8Linear` reads through `gathered_float8`.
-Neither reaches a checkpoint: `plain` unwraps them for the state dict.
+What is gathered is a `GatheredFloat8` (`converters.float8.gathered`). Neither reaches a checkpoint: `plain`
+unwraps them for the state dict.
 
 A precomputed scale is forgotten when the shard is written to, so that a forward after a load or a
 step without precompute computes its own. With `keep_float8_shards` the cast shard lives as long: forward,
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils import _pytree as pytree
 
-from converters.float8.gemm import Float8Operand
+from converters.float8.gathered import GatheredFloat8, Wrapper
 from converters.float8.scaling import (
     amax_of,
     cast_with_scale,
@@ -73,23 +73,6 @@ _PASSES_AS_BF16 = (torch.float8_e4m3fn, torch.float8_e5m2)
 a NaN's bits; its upper byte is 0x7f or 0xff, a NaN in these formats too. To AMD's formats it is a number."""
 
 
-class _Wrapper(torch.Tensor):
-    """A tensor whose data is in attributes; its own storage is never read."""
-
-    @staticmethod
-    def _make(cls: Any, like: Tensor, dtype: torch.dtype, requires_grad: bool = False) -> Any:
-        return torch.Tensor._make_wrapper_subclass(
-            cls,
-            like.size(),
-            strides=like.stride(),
-            storage_offset=like.storage_offset(),
-            dtype=dtype,
-            layout=like.layout,
-            device=like.device,
-            requires_grad=requires_grad,
-        )
-
-
 class GatherSettings(NamedTuple):
     """How a shard is cast."""
 
@@ -111,7 +94,7 @@ class _Kept(NamedTuple):
     """In-place writes that the tensor had seen, also such as went past the wrapper."""
 
 
-class FSDPFloat8Shard(_Wrapper):
+class FSDPFloat8Shard(Wrapper):
     """A weight (or a shard of one) that FSDP2 gathers in float8.
 
     Who writes to `_tensor` past the dispatcher (a kernel of one's own) sets `_scale` to None.
@@ -124,7 +107,7 @@ class FSDPFloat8Shard(_Wrapper):
 
     @staticmethod
     def __new__(cls, tensor: Tensor, settings: GatherSettings) -> FSDPFloat8Shard:  # noqa: D102
-        self = _Wrapper._make(cls, tensor, tensor.dtype)
+        self = Wrapper._make(cls, tensor, tensor.dtype)
         self._tensor, self._settings, self._scale, self._kept = tensor, settings, None, None
         return self
 
@@ -190,6 +173,12 @@ class FSDPFloat8Shard(_Wrapper):
             self._scale, self._kept = scale, _Kept(data, scale, self._tensor._version)
         return data, scale
 
+    def cast_whole_into(self, out: Tensor) -> Tensor:
+        """Cast the shard, which is all of the weight, to `out`; returns its scale."""
+        scale = self.global_scale(None)
+        cast_with_scale_into(out, self._tensor, scale, self._settings.cast_kernels)
+        return scale
+
     def fsdp_pre_all_gather(
         self, mesh: DeviceMesh, outer_size: Any, outer_stride: Any, module: nn.Module, mp_policy: Any
     ) -> tuple[tuple[Tensor, ...], Any]:
@@ -230,64 +219,9 @@ FSDPFloat8Shard.fsdp_pre_all_gather.__signature__ = inspect.signature(  # type: 
 )
 
 
-class GatheredFloat8(_Wrapper):
-    """A whole float8 weight with its scale; to autograd a tensor of the compute dtype."""
-
-    _data: Tensor
-    _scale: Tensor
-
-    @staticmethod
-    def __new__(cls, data: Tensor, scale: Tensor, dtype: torch.dtype) -> GatheredFloat8:  # noqa: D102
-        self = _Wrapper._make(cls, data, dtype)
-        self._data, self._scale = data, scale
-        return self
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"GatheredFloat8({self._data!r}, scale={self._scale!r})"
-
-    def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["_data", "_scale"], self.dtype
-
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> GatheredFloat8:
-        return GatheredFloat8(inner["_data"], inner["_scale"], meta)
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self = args[0]
-        if func in (aten.detach.default, aten.alias.default):
-            return GatheredFloat8(func(self._data), self._scale, self.dtype)
-        if func in (aten.as_strided.default, aten.view.default):
-            return GatheredFloat8(func(self._data, *args[1:], **(kwargs or {})), self._scale, self.dtype)
-        # Anything else sees the values that the float8 elements stand for.
-        args, kwargs = pytree.tree_map_only(GatheredFloat8, lambda t: t.dequantize_hp(), (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    def renew(self, shard: Tensor) -> None:
-        """Take over the values of `shard`, which is the whole weight, in place."""
-        assert isinstance(shard, FSDPFloat8Shard), type(shard)
-        self._scale = shard.global_scale(None)
-        cast_with_scale_into(self._data, shard._tensor, self._scale, shard._settings.cast_kernels)
-
-    def is_gathered(self) -> bool:
-        """False where FSDP2 has freed it."""
-        return self._data.untyped_storage().size() > 0
-
-    def dequantize_hp(self) -> Tensor:
-        """x8 / s in the compute dtype."""
-        return (self._data.to(torch.float32) / self._scale).to(self.dtype)
-
-
 def _local(t: Tensor) -> Tensor:
     local = getattr(t, "_local_tensor", t)  # a DTensor's, without importing DTensor
     return local.data if isinstance(local, nn.Parameter) and type(local) is nn.Parameter else local
-
-
-def gathered_float8(weight: Tensor) -> Float8Operand | None:
-    """The float8 data and scale of a weight that FSDP2 gathered in float8; None for any other weight."""
-    if isinstance(weight, GatheredFloat8):
-        return Float8Operand(weight._data, weight._scale)
-    return None
 
 
 def shard_for_float8_gather(

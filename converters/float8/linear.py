@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from converters.float8.cast_config import ScalingType
 from converters.float8.config import Float8LinearConfig
 from converters.float8.delayed import record_amax, register_delayed_state
-from converters.float8.fsdp import gathered_float8, plain, shard_for_float8_gather
+from converters.float8.fsdp import plain, shard_for_float8_gather
+from converters.float8.gathered import gathered_float8
 from converters.float8.gemm import check_device
 from converters.float8.matmul import Float8Mm, global_amax, needs_amax, plan, record_health, scalar_scale
 

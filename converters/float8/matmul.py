@@ -33,7 +33,7 @@ from torch import Tensor
 from converters.float8.cast_config import CastConfig, ScalingType
 from converters.float8.config import SECOND_USE, Float8LinearConfig
 from converters.float8.delayed import record_amax, stored_or_dynamic_scale
-from converters.float8.fsdp import gathered_float8
+from converters.float8.gathered import gathered_float8
 from converters.float8.gemm import Float8Operand, high_precision_mm, scaled_mm
 from converters.float8.operands import operands
 from converters.float8.scaling import amax_of, compute_amax, scale_from_amax

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from converters.float8.cast_config import CastConfig
 from converters.float8.config import SECOND_USE, Float8LinearConfig
-from converters.float8.fsdp import gathered_float8
+from converters.float8.gathered import gathered_float8
 from converters.float8.gemm import Float8Operand
 from converters.float8.scaling import cast_to_float8, compute_amax, scale_from_amax
 from kernels import cast as kernels

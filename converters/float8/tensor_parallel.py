@@ -42,7 +42,8 @@ from torch.distributed.tensor.placement_types import Placement
 
 from converters.float8.cast_config import CastConfig, ScalingType
 from converters.float8.config import Float8LinearConfig
-from converters.float8.fsdp import GatheredFloat8, plain, shard_for_float8_gather
+from converters.float8.fsdp import plain, shard_for_float8_gather
+from converters.float8.gathered import GatheredFloat8
 from converters.float8.linear import Float8Linear
 from converters.float8.scaling import amax_of, cast_with_scale, scale_from_amax
 from parallelisms.tensor_parallel import SharedInputStyle

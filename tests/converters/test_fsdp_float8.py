@@ -19,7 +19,8 @@ from converters.float8 import (
     convert_to_float8_training,
     precompute_float8_dynamic_scale_for_fsdp,
 )
-from converters.float8.fsdp import FSDPFloat8Shard, GatheredFloat8, GatherSettings
+from converters.float8.fsdp import FSDPFloat8Shard, GatherSettings
+from converters.float8.gathered import GatheredFloat8
 from converters.float8.scaling import cast_to_float8, scale_from_amax
 from converters.float8.weight_scales import (
     amaxes_of_shards,

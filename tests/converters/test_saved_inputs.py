@@ -18,7 +18,7 @@ from converters.float8 import (
     Float8LinearConfig,
     convert_to_float8_training,
 )
-from converters.float8.fsdp import GatheredFloat8
+from converters.float8.gathered import GatheredFloat8
 from converters.float8.gemm import CPU_HAS_ROW_SCALES
 from converters.float8.linear import CASTS_TO_SAVE, OPS_TO_SAVE
 from converters.float8.matmul import _cast_again, _made_again

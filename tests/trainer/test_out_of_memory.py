@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from converters.float8 import Float8LinearConfig
-from converters.float8.fsdp import FSDPFloat8Shard, GatheredFloat8, shard_for_float8_gather
+from converters.float8.fsdp import FSDPFloat8Shard, shard_for_float8_gather
+from converters.float8.gathered import GatheredFloat8
 from parallelisms.dtensor import local_part
 from trainer.profiling import MemorySnapshotRecorder, oom_message, resident_bytes
 from trainer.resilience.exit_codes import EXIT_OUT_OF_MEMORY
