@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 from parallelisms.blocks import blocks_of
 from parallelisms.fsdp_comm import GradientReduceScatter
 from parallelisms.fsdp_copies import PeerAllGather
-from parallelisms.peer_memory import PeerMemory, check_peers
+from parallelisms.peer_memory import PeerMemory
 
 
 def apply_fsdp(
@@ -99,8 +99,7 @@ def apply_fsdp(
 
 
 def peer_memory(mesh: DeviceMesh, pieces: int = 1) -> PeerMemory:
-    """Memory for copies between the ranks that `mesh` shards over, its last axis."""
-    check_peers(mesh)
+    """Memory for copies between the ranks that `mesh` shards over, its last axis; see `check_peers`."""
     return PeerMemory(mesh.get_group(mesh.ndim - 1), pieces)
 
 

@@ -59,7 +59,9 @@ class Placeholder(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not aten.view.default:
-            raise NotImplementedError(f"{func} of {cls.__name__}, which stands for a buffer of FSDP2's")
+            raise RuntimeError(
+                f"{func} of {cls.__name__}, which stands for a buffer of FSDP2's and has no data"
+            )
         self, shape = args
         known = math.prod(length for length in shape if length != -1)
         view = cls(

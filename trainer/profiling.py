@@ -313,9 +313,12 @@ def _allocator_bytes(device: torch.device | str | None) -> dict[str, int]:
         return {}
     import torch
 
+    from parallelisms.peer_memory import bytes_held
+
+    outside = bytes_held()
     return {
-        "allocated": torch.cuda.memory_allocated(device),
-        "reserved": torch.cuda.memory_reserved(device),
+        "allocated": torch.cuda.memory_allocated(device) + outside,
+        "reserved": torch.cuda.memory_reserved(device) + outside,
         "capacity": int(torch.cuda.get_device_properties(device).total_memory),
     }
 

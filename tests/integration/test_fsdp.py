@@ -78,3 +78,9 @@ def test_a_resumed_run_with_direct_weights_is_the_unbroken_one(train):
     rest = train(*flags, "--training.steps=7", name="parts")
     assert len(rest.losses) == 7
     assert rest.differences(want) == {"loss": 0, "grad_norm": 0}
+
+
+def test_copies_between_gpus_need_gpus(train):
+    done = train("--parallelism.fsdp_transport=copy_engine", "--training.steps=1")
+    assert done.code == 2
+    assert done.err == "error: --parallelism.fsdp_transport: copies between GPUs need CUDA GPUs\n"

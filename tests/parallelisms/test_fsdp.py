@@ -134,12 +134,17 @@ def worker(rank, folder):
     dist.destroy_process_group()
 
 
+def of_four_ranks(function):
+    """What function(rank, folder) saved to ``folder/RANK.pt`` in each of four processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(function, args=(folder,), nprocs=4)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(4)]
+
+
 @pytest.fixture(scope="module")
 def ranks():
     """What each of four ranks found."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, args=(folder,), nprocs=4)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(4)]
+    return of_four_ranks(worker)
 
 
 def worst(got, want):

@@ -3,7 +3,6 @@
 Four processes of a CPU share files in place of GPUs that share memory.
 """
 
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -11,7 +10,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,9 +22,9 @@ from converters.float8 import (
 from converters.float8.fsdp import _PASSES_AS_BF16
 from parallelisms import fsdp_copies
 from parallelisms.fsdp import apply_fsdp
-from parallelisms.peer_memory import bytes_held
+from parallelisms.peer_memory import bytes_held, reach_each_other
 from tests.parallelisms.shared_memory import SharedMemory
-from tests.parallelisms.test_fsdp import LAYERS, LAYOUTS, Traffic, backward, build, gradients
+from tests.parallelisms.test_fsdp import LAYERS, LAYOUTS, Traffic, backward, build, gradients, of_four_ranks
 
 COPIED = [name for name, (_, shards, _) in LAYOUTS.items() if shards > 1]
 UNITS = LAYERS + 2
@@ -149,9 +147,7 @@ def worker(rank, folder):
 @pytest.fixture(scope="module")
 def ranks():
     """What each of four ranks found."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, args=(folder,), nprocs=4)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(4)]
+    return of_four_ranks(worker)
 
 
 def test_gradients_are_those_of_an_all_to_all(ranks):
@@ -198,9 +194,13 @@ def test_float8_weights_are_gathered_by_copies(ranks):
             assert len(set(losses)) == 3
 
 
+def test_processes_of_a_cpu_do_not_reach_each_other():
+    assert not reach_each_other(torch.device("cpu"), 2)
+
+
 def test_a_placeholder_is_nothing_but_its_shape():
     buffer = fsdp_copies.UncopiedGradients((12,), torch.bfloat16, torch.device("cpu"))
     assert buffer.view(4, -1).shape == (4, 3)
     assert buffer.view(4, -1).whole is buffer
-    with pytest.raises(NotImplementedError, match=r"mul.* of UncopiedGradients, which stands for a buffer"):
+    with pytest.raises(RuntimeError, match=r"mul.* of UncopiedGradients, which stands for a buffer"):
         buffer * 2

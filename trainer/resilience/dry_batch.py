@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from parallelisms.peer_memory import bytes_held
 from trainer.config import derived
 from trainer.config.errors import ConfigError
 from trainer.data.batches import Batch
@@ -44,7 +45,8 @@ def run(trainer: Trainer) -> None:
     _try_step(trainer)
     memory = ""
     if trainer.device.type == "cuda":
-        memory = f", peak memory {torch.cuda.max_memory_reserved(trainer.device) / 2**30:.2f}GiB"
+        peak = torch.cuda.max_memory_reserved(trainer.device) + bytes_held()
+        memory = f", peak memory {peak / 2**30:.2f}GiB"
     log.info("dry batch: a step fits%s (%.1fs)", memory, time.perf_counter() - started)
 
 
