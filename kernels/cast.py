@@ -30,6 +30,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.operators import operator
 from kernels.scaling import cast_to_float8, compute_amax, inverse_scale, scale_from_amax
 from kernels.support import runs_float8_triton
 
@@ -70,7 +71,7 @@ def _transposed(x: Tensor) -> Tensor:
     return x.t().clone(memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("octavo::amax", mutates_args=())
+@operator("amax")
 def amax(x: Tensor) -> Tensor:
     """Max |x| as a scalar of x's dtype; of nothing it is 0."""
     if _launches(x):
@@ -85,7 +86,7 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(())
 
 
-@torch.library.custom_op("octavo::cast_float8", mutates_args=())
+@operator("cast_float8")
 def cast_float8(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """X8 of x's shape (any), row-major, with one scale."""
     if _launches(x, dtype):
@@ -116,7 +117,7 @@ def _(out: Tensor, x: Tensor, scale: Tensor) -> None:
     return None
 
 
-@torch.library.custom_op("octavo::cast_both", mutates_args=())
+@operator("cast_both")
 def cast_both(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See `cast_both_reference`."""
     if _launches(x, dtype):
@@ -131,7 +132,7 @@ def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((x.shape[1], x.shape[0]), dtype=dtype)
 
 
-@torch.library.custom_op("octavo::scale_and_cast_both", mutates_args=())
+@operator("scale_and_cast_both")
 def scale_and_cast_both(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `scale_and_cast_both_reference`.
 
@@ -155,7 +156,7 @@ def _(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("octavo::cast_transposed", mutates_args=())
+@operator("cast_transposed")
 def cast_transposed(x: Tensor, scale: Tensor, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
     """x8ᵀ (K, M) of x (M, K), with one scale; `after` as in `transpose_float8`."""
     if _launches(x, dtype):
@@ -170,7 +171,7 @@ def _(x: Tensor, scale: Tensor, dtype: torch.dtype, after: Tensor | None = None)
     return x.new_empty((x.shape[1], x.shape[0]), dtype=dtype)
 
 
-@torch.library.custom_op("octavo::transpose_float8", mutates_args=())
+@operator("transpose_float8")
 def transpose_float8(x: Tensor, after: Tensor | None = None) -> Tensor:
     """xᵀ (C, R), row-major, of a float8 matrix x (R, C).
 
@@ -189,7 +190,7 @@ def _(x: Tensor, after: Tensor | None = None) -> Tensor:
     return x.new_empty((x.shape[1], x.shape[0]))
 
 
-@torch.library.custom_op("octavo::cast_rows", mutates_args=())
+@operator("cast_rows")
 def cast_rows(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
     """See `cast_rows_reference`."""
     if _launches(x, dtype):
@@ -204,7 +205,7 @@ def _(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
 
-@torch.library.custom_op("octavo::cast_columns", mutates_args=())
+@operator("cast_columns")
 def cast_columns(
     x: Tensor, dtype: torch.dtype, power_of_2: bool, after: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -222,7 +223,7 @@ def _(x: Tensor, dtype: torch.dtype, power_of_2: bool, after: Tensor | None = No
     return x8t, x.new_empty((1, x.shape[1]), dtype=torch.float32)
 
 
-@torch.library.custom_op("octavo::cast_rows_and_columns", mutates_args=())
+@operator("cast_rows_and_columns")
 def cast_rows_and_columns(
     x: Tensor, dtype: torch.dtype, power_of_2: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

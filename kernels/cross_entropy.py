@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.operators import operator
 from kernels.support import runs_triton
 
 
@@ -36,7 +37,7 @@ def gradient_reference(logits: Tensor, index: Tensor, lse: Tensor, factor: Tenso
     return torch.where(factor[:, None] == 0, 0.0, gradient).to(logits.dtype)
 
 
-@torch.library.custom_op("octavo::cross_entropy", mutates_args=())
+@operator("cross_entropy")
 def cross_entropy(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """(lse, at_label), (T,) fp32 each, of (T, V) logits and (T,) int64 indices; without autograd formula."""
     if not runs_triton(logits.device):

@@ -17,12 +17,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.operators import operator
 from kernels.support import runs_triton
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-@torch.library.custom_op("octavo::tensor_norms", mutates_args=())
+@operator("tensor_norms")
 def tensor_norms(tensors: list[Tensor]) -> Tensor:
     """Norms of P tensors, (P,): fp64 of those on a CPU, fp32 of others.
 

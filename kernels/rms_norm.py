@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.operators import operator
 from kernels.support import runs_triton
 
 
@@ -60,7 +61,7 @@ def rms_norm_backward_reference(
     return dh.to(h.dtype), (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
 
 
-@torch.library.custom_op("octavo::rms_norm", mutates_args=())
+@operator("rms_norm")
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, with_amax: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -97,7 +98,7 @@ def _(
     )
 
 
-@torch.library.custom_op("octavo::rms_norm_backward", mutates_args=())
+@operator("rms_norm_backward")
 def rms_norm_backward(
     grad: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, stream_grad: Tensor | None, with_amax: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

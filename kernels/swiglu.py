@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.operators import operator
 from kernels.support import runs_triton
 
 
@@ -43,7 +44,7 @@ def silu_mul_backward_reference(grad: Tensor, gate: Tensor, up: Tensor) -> tuple
     return (d * u * s * (1.0 + g * (1.0 - s))).to(gate.dtype), (d * g * s).to(up.dtype)
 
 
-@torch.library.custom_op("octavo::silu_mul", mutates_args=())
+@operator("silu_mul")
 def _forward(gate: Tensor, up: Tensor, with_amax: bool) -> tuple[Tensor, Tensor]:
     assert gate.shape == up.shape, (gate.shape, up.shape)
     assert gate.dtype == up.dtype, (gate.dtype, up.dtype)
@@ -62,7 +63,7 @@ def _(gate: Tensor, up: Tensor, with_amax: bool) -> tuple[Tensor, Tensor]:
     return y, gate.new_empty(int(with_amax), dtype=torch.float32)
 
 
-@torch.library.custom_op("octavo::silu_mul_backward", mutates_args=())
+@operator("silu_mul_backward")
 def silu_mul_backward(
     grad: Tensor, gate: Tensor, up: Tensor, with_amax: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

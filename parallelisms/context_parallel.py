@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from kernels.operators import operator
 from parallelisms.blocks import matches
 from parallelisms.config import ParallelismConfig
 from parallelisms.ring_attention import ring_attention
@@ -111,7 +112,7 @@ class SequenceShards:
         return every[_chunks_of(rank, size, self.balanced)].flatten()
 
 
-@torch.library.custom_op("octavo::gather_sequence", mutates_args=())
+@operator("gather_sequence")
 def gather_sequence(kv: Tensor, group: str, balanced: bool) -> Tensor:
     """Keys and values of all positions, in order: (2, B, H_kv, T, Dh) -> (2, B, H_kv, S, Dh)."""
     size, _ = _place(group)
@@ -124,7 +125,7 @@ def gather_sequence(kv: Tensor, group: str, balanced: bool) -> Tensor:
     return torch.cat(chunks, dim=3)
 
 
-@torch.library.custom_op("octavo::scatter_sequence_sum", mutates_args=())
+@operator("scatter_sequence_sum")
 def scatter_sequence_sum(grad: Tensor, group: str, balanced: bool) -> Tensor:
     """The own positions' sum over ranks, in fp32: (2, B, H_kv, S, Dh) -> (2, B, H_kv, T, Dh)."""
     size, _ = _place(group)

@@ -40,12 +40,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.operators import operator
 from parallelisms.partial_attention import attend, attend_backward, merge
 
 _c10d = torch.ops._c10d_functional
 
 
-@torch.library.custom_op("octavo::ring_attention", mutates_args=())
+@operator("ring_attention")
 def ring_attention(
     q: Tensor, k: Tensor, v: Tensor, group: str, rotate: str, balanced: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,7 @@ def ring_attention(
     return out.to(q.dtype), lse
 
 
-@torch.library.custom_op("octavo::ring_attention_backward", mutates_args=())
+@operator("ring_attention_backward")
 def ring_attention_backward(
     grad: Tensor,
     q: Tensor,

@@ -119,10 +119,10 @@ def test_amax_of_what_lies_inside_alone():
 def test_operators_compose_with_the_compiler():
     (x, r, grad, stream), weight = inputs(4, 8)
     leaves = [t.requires_grad_() for t in (x, r, weight)]
-    torch.library.opcheck(_forward, (*leaves, EPS, True))
-    torch.library.opcheck(_forward, (x, None, weight, EPS, False))
+    torch.library.opcheck(_forward.overload, (*leaves, EPS, True))
+    torch.library.opcheck(_forward.overload, (x, None, weight, EPS, False))
     rstd = torch.rand(4)
-    torch.library.opcheck(rms_norm_backward, (grad, x.detach(), weight.detach(), rstd, stream, True))
+    torch.library.opcheck(rms_norm_backward.overload, (grad, x.detach(), weight.detach(), rstd, stream, True))
 
 
 @pytest.mark.parametrize("D", [4096, pytest.param(16384, marks=pytest.mark.slow)])

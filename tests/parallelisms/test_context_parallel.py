@@ -163,9 +163,9 @@ def checked(mesh):
     """torch's own checks of a custom op: schema, fake implementation, autograd registration."""
     q, k, v, _ = (t[:, :, : S // mesh.size()].detach().requires_grad_() for t in qkv(torch.float32, H_KV))
     group = mesh.get_group().group_name
-    torch.library.opcheck(ring_attention.ring_attention, (q, k, v, group, "alltoall", True, "auto"))
+    torch.library.opcheck(ring_attention.ring_attention.overload, (q, k, v, group, "alltoall", True, "auto"))
     kv = torch.stack((k, v)).detach().requires_grad_()
-    torch.library.opcheck(context_parallel.gather_sequence, (kv, group, True))
+    torch.library.opcheck(context_parallel.gather_sequence.overload, (kv, group, True))
 
 
 def worker(rank, size, folder):
