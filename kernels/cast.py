@@ -7,6 +7,7 @@ scale for all of t, or with one per row for t8 and one per column for t8ᵀ:
     op                      reads and writes, bytes an element (bf16 in)             from PyTorch ops
     amax                    2                                                        6
     cast_float8             2 + 1                                                    27
+    cast_each_into          2 + 1, of many tensors in one launch                     27
     cast_both               2 + 1 + 1                                                29
     scale_and_cast_both     2 + 2 + 1 + 1, less what L2 holds of the second 2        35
     cast_transposed         2 + 1                                                    29
@@ -115,6 +116,62 @@ def cast_float8_into(out: Tensor, x: Tensor, scale: Tensor) -> None:
 @cast_float8_into.register_fake
 def _(out: Tensor, x: Tensor, scale: Tensor) -> None:
     return None
+
+
+@torch.library.custom_op("octavo::cast_each_into", mutates_args=("outs",))
+def cast_each_into(
+    outs: list[Tensor], tensors: list[Tensor], scales: list[Tensor], dtype: torch.dtype
+) -> None:
+    """`cast_float8` of each of P tensors, in one launch.
+
+    Args:
+        outs: Where the float8 elements go, P contiguous tensors of as many bytes as there are elements, of
+            any dtype.
+        tensors: Of one device and dtype, contiguous, of any shape.
+        scales: () fp32 each.
+        dtype: The float8 format.
+
+    Raises:
+        ValueError: a number, a size, a layout, a dtype or a device is another.
+    """
+    _check_each(outs, tensors, scales)
+    if not tensors:
+        return
+    if all(_launches(t, dtype) for t in tensors if t.numel()) and runs_float8_triton(tensors[0].device):
+        from kernels.triton.cast_each import launch
+
+        launch(outs, tensors, scales, dtype)
+    else:
+        cast_each_into_reference(outs, tensors, scales, dtype)
+
+
+@cast_each_into.register_fake
+def _(outs: list[Tensor], tensors: list[Tensor], scales: list[Tensor], dtype: torch.dtype) -> None:
+    return None
+
+
+def cast_each_into_reference(
+    outs: list[Tensor], tensors: list[Tensor], scales: list[Tensor], dtype: torch.dtype
+) -> None:
+    """As `cast_each_into`, by torch."""
+    for out, t, scale in zip(outs, tensors, scales, strict=True):
+        out.view(torch.uint8).copy_(cast_to_float8(t, scale, dtype).view(torch.uint8).view(-1))
+
+
+def _check_each(outs: list[Tensor], tensors: list[Tensor], scales: list[Tensor]) -> None:
+    """Raise ValueError for what a kernel that is given addresses would not notice."""
+    if not len(outs) == len(tensors) == len(scales):
+        raise ValueError(f"cast_each_into: {len(tensors)} tensors, {len(scales)} scales, {len(outs)} outputs")
+    if len({(t.device, t.dtype) for t in tensors}) > 1:
+        raise ValueError("cast_each_into: tensors of several devices or dtypes")
+    for out, t, scale in zip(outs, tensors, scales, strict=True):
+        if out.nbytes != t.numel() or scale.numel() != 1 or scale.dtype != torch.float32:
+            raise ValueError(
+                f"cast_each_into: {tuple(t.shape)} with a scale {scale.dtype} {tuple(scale.shape)} "
+                f"into {out.nbytes} bytes"
+            )
+        if not (out.is_contiguous() and t.is_contiguous()) or not out.device == scale.device == t.device:
+            raise ValueError("cast_each_into: not contiguous, or on several devices")
 
 
 @operator("cast_both")

@@ -43,6 +43,7 @@ from converters.float8.scaling import (
     cast_with_scale_into,
     scale_from_amax,
 )
+from converters.float8.uncast import UncastShard
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -182,17 +183,23 @@ class FSDPFloat8Shard(Wrapper):
     def fsdp_pre_all_gather(
         self, mesh: DeviceMesh, outer_size: Any, outer_stride: Any, module: nn.Module, mp_policy: Any
     ) -> tuple[tuple[Tensor, ...], Any]:
-        """What travels: the float8 shard, seen as bf16 or as bytes. What stays here: its scale."""
+        """What travels: the float8 shard, cast or not yet, seen as bf16 or as bytes. What stays: a scale."""
         # Sharded along rows, so along them alone there may be unequal shards.
-        ranks = mesh.size(mesh.ndim - 1)
-        data, scale = self.float8(mesh, -(-outer_size[0] // ranks) if outer_size[0] % ranks else None)
+        settings, ranks = self._settings, mesh.size(mesh.ndim - 1)
+        even = outer_size[0] % ranks == 0
         # Every rank of the mesh has to decide alike. FSDP2 wants uneven shards in the size of their elements.
         as_bf16 = (
             (mp_policy.param_dtype or self.dtype) == torch.bfloat16
-            and data.dtype in _PASSES_AS_BF16
-            and data.numel() % 2 == 0
-            and outer_size[0] % ranks == 0
+            and settings.dtype in _PASSES_AS_BF16
+            and self.numel() % 2 == 0
+            and even
         )
+        if even and not settings.keep:
+            scale = self.global_scale(mesh)
+            travels_as = torch.bfloat16 if as_bf16 else torch.uint8
+            uncast = UncastShard(self._tensor, scale, settings.dtype, travels_as, settings.cast_kernels)
+            return (uncast,), (scale,)
+        data, scale = self.float8(mesh, None if even else -(-outer_size[0] // ranks))
         return (data.view(-1).view(torch.bfloat16) if as_bf16 else data.view(torch.uint8),), (scale,)
 
     def fsdp_post_all_gather(

@@ -54,8 +54,15 @@ def precompute_float8_dynamic_scale_for_fsdp(
     for (dtype, power_of_2), members in by_kind.items():
         # No indexing by a list of numbers, which would travel to the device first and be waited for.
         scales = scale_from_amax(torch.stack([amax for _, amax in members]), dtype, power_of_2)
-        for (shard, _), scale in zip(members, scales.unbind(), strict=True):
+        for (shard, _), scale in zip(members, _apart(scales), strict=True):
             shard._scale = scale
+
+
+def _apart(scalars: Tensor) -> tuple[Tensor, ...]:
+    """Each of `scalars` at a 16-byte boundary: a compiled block copies an input that begins elsewhere."""
+    spread = scalars.new_empty(len(scalars), 16 // scalars.element_size())
+    spread[:, 0] = scalars
+    return spread[:, 0].unbind()
 
 
 @torch.no_grad()

@@ -48,6 +48,25 @@ def all_same(got: object, want: object) -> bool:
     return all(g.is_contiguous() and same_bits(g, w) for g, w in pairs)
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("float8", [E4M3, E5M2])
+def test_each_of_many_tensors(float8: torch.dtype, dtype: torch.dtype, shift: int) -> None:
+    """One launch is as many of `cast_float8`; twice, for the table is kept."""
+    sizes = [(0,), *SIZES, (5,), (0, 7)]
+    tensors = [sample((math.prod(size) + shift,), dtype)[shift:].view(size) for size in sizes]
+    scales = list(torch.logspace(-3, 3, len(sizes), device="cuda").unbind())
+    for _ in range(2):
+        outs = [torch.zeros(t.numel() + 8, dtype=torch.uint8, device="cuda") for t in tensors]
+        places = [out[8 * shift :][: t.numel()] for out, t in zip(outs, tensors, strict=True)]
+        cast.cast_each_into(places, tensors, scales, float8)
+        for out, place, t, scale in zip(outs, places, tensors, scales, strict=True):
+            assert same_bits(place.view(float8).view(t.shape), cast_to_float8(t, scale, float8))
+            assert out.count_nonzero() == place.count_nonzero()
+        for t in tensors:
+            t.mul_(-3)
+
+
 def test_the_kernels_are_what_runs() -> None:
     assert runs_float8_triton(torch.device("cuda"))
 

@@ -1,0 +1,97 @@
+"""The Triton form of `kernels.cast.cast_each_into`: one launch for any number of tensors.
+
+Tensors are found by a table (`kernels.triton.tensor_table`). It holds addresses and sizes alone, so one that
+was sent once serves every launch over the same memory: the shards of a model stay where they are, and what
+they are cast into is used in turn.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.scaling import float8_max
+from kernels.triton.cast import saturated
+from kernels.triton.tensor_table import ACCESS, WARPS, bisections, build_table, find_tensor
+
+_ELEMENTS = 4096
+"""Elements of a block: 16 a thread, one store each."""
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def cast_each_kernel(
+    table,  # (6, P) int64: first block, end, is aligned, addresses of x, of its scale and of its place
+    first_ptr,  # a tensor and its place, for their dtypes
+    first_out_ptr,
+    tensors,  # P
+    fmax: tl.constexpr,
+    BISECTIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Cast block `program_id` of all tensors' blocks in a row."""
+    block = tl.program_id(0)
+    row = table + find_tensor(table, tensors, block, BISECTIONS)
+    start = (block - tl.load(row)) * BLOCK
+    size = tl.load(row + tensors)
+    is_aligned = tl.load(row + 2 * tensors)
+    x = tl.load(row + 3 * tensors).to(first_ptr.dtype)
+    scale = tl.load(tl.load(row + 4 * tensors).to(tl.pointer_type(tl.float32)))
+    out = tl.load(row + 5 * tensors).to(first_out_ptr.dtype)
+    offsets = start + tl.arange(0, BLOCK)
+    if (is_aligned != 0) & (start + BLOCK <= size):
+        y = saturated(tl.load(tl.multiple_of(x, 16) + offsets), scale, fmax)
+        tl.store(tl.multiple_of(out, 16) + offsets, y.to(out.dtype.element_ty))
+    else:
+        y = saturated(tl.load(x + offsets, mask=offsets < size, other=0.0), scale, fmax)
+        tl.store(out + offsets, y.to(out.dtype.element_ty), mask=offsets < size)
+
+
+def launch(
+    outs: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    dtype: torch.dtype,
+    stored_as: torch.dtype | None = None,
+) -> None:
+    """Cast all tensors; arguments as `kernels.cast.cast_each_into` has checked them."""
+    device = tensors[0].device
+    # Memory of a table belongs to the stream that it was sent on.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    table, blocks = _table(
+        tuple(t.numel() for t in tensors),
+        *(tuple(t.data_ptr() for t in part) for part in (tensors, scales, outs)),
+        device,
+        stream,
+    )
+    if blocks == 0:
+        return
+    with torch.cuda.device_of(tensors[0]):
+        cast_each_kernel[(blocks,)](
+            table,
+            tensors[0],
+            outs[0].view(stored_as or dtype),
+            len(tensors),
+            float8_max(dtype),
+            BISECTIONS=bisections(len(tensors)),
+            BLOCK=_ELEMENTS,
+            num_warps=WARPS,
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def _table(
+    sizes: tuple[int, ...],
+    tensors: tuple[int, ...],
+    scales: tuple[int, ...],
+    outs: tuple[int, ...],
+    device: torch.device,
+    stream: int,
+) -> tuple[Tensor, int]:
+    """The kernel's table for tensors of these sizes at these addresses, and the number of all blocks."""
+    aligned = [int(not (x % ACCESS or out % ACCESS)) for x, out in zip(tensors, outs, strict=True)]
+    return build_table(sizes, [aligned, tensors, scales, outs], _ELEMENTS, device)
