@@ -30,6 +30,7 @@ from parallelisms.distributed import (
     set_deterministic,
     shared_seed,
 )
+from parallelisms.early_gather import gather_embedding_early
 from parallelisms.mesh import build_mesh
 from parallelisms.peer_memory import check_peers, reach_each_other
 from trainer import startup
@@ -114,6 +115,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         if built.direct is not None:
             built.direct.attach(self.optimizer)
+        if built.stages is None:
+            gather_embedding_early(self.model, self.optimizer)
         for converter in self.converters:
             converter.optimizer_built(self.model, self.optimizer)
         self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, config.training.steps)

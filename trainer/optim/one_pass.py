@@ -6,6 +6,7 @@ They are torch's optimizers with another `step`: the same state under the same n
 grad_scale             factor of all gradients, on the device: the clip factor
 low_precision_copies   bf16 tensors that are to hold the new parameters
 amaxes                 fp32 scalars that are to hold the largest magnitudes of this rank's parts of them
+first                  parameters that are updated before the others; `first_updated` tells when they are
 
 Gradients may be bf16 where parameters are fp32. `found_inf`, by which a bad step is skipped without asking
 the host, works as in torch. Parameters may be DTensors: each rank updates its own part, for which nothing
@@ -48,6 +49,10 @@ class OnePass(torch.optim.Adam):
         """Parameter -> bf16 tensor of its shape, filled by each step."""
         self.amaxes: dict[Tensor, Tensor] = {}
         """Parameter -> fp32 scalar, filled by each step with the amax of this rank's part."""
+        self.first: set[Tensor] = set()
+        """Parameters of the first group that each step updates before all others."""
+        self.first_updated: torch.cuda.Event | None = None
+        """Recorded on the device when the last step had done so."""
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -89,12 +94,13 @@ class OnePass(torch.optim.Adam):
         if not params:
             return
         torch._foreach_add_(steps, 1)
-        alike: dict[Hashable, list[int]] = defaultdict(list)
+        alike: dict[tuple[bool, Hashable], list[int]] = defaultdict(list)
         for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
             extras = param in self.low_precision_copies, param in self.amaxes
-            alike[param.device, param.dtype, grad.dtype, exp_avgs[index].dtype, extras].append(index)
+            kind = param.device, param.dtype, grad.dtype, exp_avgs[index].dtype, extras
+            alike[param not in self.first, kind].append(index)
         beta1, beta2 = group["betas"]
-        for indices in alike.values():
+        for (is_later, _), indices in sorted(alike.items(), key=lambda each: each[0][0]):
             chosen = [params[i] for i in indices]
             device = chosen[0].device
             adamw_step(
@@ -117,6 +123,8 @@ class OnePass(torch.optim.Adam):
                 group["weight_decay"],
                 group["decoupled_weight_decay"],
             )
+            if not is_later and device.type == "cuda":
+                self.first_updated = torch.cuda.current_stream(device).record_event()
         if found_inf is not None:
             # A list: of one tensor torch makes a number, for which the host waits.
             torch._foreach_sub_(steps, [found_inf.to(steps[0].device)] * len(steps))
