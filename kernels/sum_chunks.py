@@ -8,50 +8,62 @@ written.
 The Triton form adds in this order whatever N and n are: the same chunks give the same bits. torch's sum has
 an order of its own. Over two chunks both have the same bits (-0 and -0 give 0), over more they agree to the
 roundings of their additions, N 2^-24 of the sum of magnitudes.
+
+With the sums in hand their squares cost nothing: one number for each SPAN of them, of which norms of
+gradients are made. A pass of its own for these reads 4 bytes an element again, 3.5 ms for 4.0 G elements on
+an H200.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.support import runs_triton
 
 _DTYPES = (torch.bfloat16, torch.float16)
+SPAN = 512
+"""Elements whose squares are added up to one number."""
 
 
-def sum_chunks_reference(chunks: Tensor, out: Tensor) -> None:
+def sum_chunks_reference(chunks: Tensor, out: Tensor, squares: Tensor | None = None) -> None:
     """The sum in plain PyTorch."""
     torch.sum(chunks, dim=0, dtype=torch.float32, out=out)
+    if squares is not None:
+        squares.copy_(F.pad(out, (0, -len(out) % SPAN)).view(-1, SPAN).square().sum(1))
 
 
-@torch.library.custom_op("octavo::sum_chunks", mutates_args=("out",))
-def sum_chunks(chunks: Tensor, out: Tensor) -> None:
+@torch.library.custom_op("octavo::sum_chunks", mutates_args=("out", "squares"))
+def sum_chunks(chunks: Tensor, out: Tensor, squares: Tensor | None = None, alone: bool = False) -> None:
     """Write the sum of `chunks` over dim 0 into `out`, on the current stream.
 
     Args:
         chunks: (N, n), bf16 or fp16, contiguous, N >= 1. n and where they begin may be anything; accesses are
             wide where both are multiples of 16, elements and bytes.
         out: (n,) fp32, contiguous, none of the chunks' memory.
+        squares: (n / SPAN,) fp32, rounded up, contiguous: filled with the sums of squares of each SPAN
+            elements of `out`, in a fixed order; or None.
+        alone: Take all of the GPU: nothing beside this has use for it.
 
     Raises:
         ValueError: a dtype, a size, a layout or a device is another.
     """
-    _check(chunks, out)
+    _check(chunks, out, squares)
     if not runs_triton(out.device):
-        sum_chunks_reference(chunks, out)
+        sum_chunks_reference(chunks, out, squares)
         return
-    from kernels.triton.sum_chunks import launch
+    from kernels.triton.sum_chunks import PROGRAMS, PROGRAMS_ALONE, launch
 
-    launch(chunks, out)
+    launch(chunks, out, squares, PROGRAMS_ALONE if alone else PROGRAMS)
 
 
 @sum_chunks.register_fake
-def _(chunks: Tensor, out: Tensor) -> None:
+def _(chunks: Tensor, out: Tensor, squares: Tensor | None = None, alone: bool = False) -> None:
     return None
 
 
-def _check(chunks: Tensor, out: Tensor) -> None:
+def _check(chunks: Tensor, out: Tensor, squares: Tensor | None = None) -> None:
     """Raise ValueError for what a kernel that is given addresses would not notice."""
     if chunks.dim() != 2 or not chunks.shape[0] or chunks.shape[1:] != out.shape:
         raise ValueError(f"sum_chunks: {tuple(chunks.shape)} do not add up to {tuple(out.shape)}")
@@ -61,3 +73,12 @@ def _check(chunks: Tensor, out: Tensor) -> None:
         raise ValueError(f"sum_chunks: chunks on {chunks.device}, out on {out.device}")
     if not (chunks.is_contiguous() and out.is_contiguous()):
         raise ValueError("sum_chunks: chunks or out are not contiguous")
+    if squares is None:
+        return
+    spans = -(-len(out) // SPAN)
+    if squares.shape != (spans,) or squares.dtype != torch.float32 or not squares.is_contiguous():
+        raise ValueError(
+            f"sum_chunks: squares are {squares.dtype} {tuple(squares.shape)}, not fp32 ({spans},)"
+        )
+    if squares.device != out.device:
+        raise ValueError(f"sum_chunks: squares on {squares.device}, out on {out.device}")

@@ -87,9 +87,17 @@ def apply_fsdp(
     if reduce_scatter != "torch":
         temporary = cpu_offload or (replicas > 1 and accumulates)
         peers = peer_memory(mesh) if copies and wire is not None else None
+        # Replicas add to what is summed here.
+        squares = wire is not None and replicas == 1 and not temporary and _norms_are_fp32(mesh)
         for modules in ([root], *(unit.modules for unit in units)):
             GradientReduceScatter(
-                modules, shards=shards, temporary=temporary, wire_dtype=wire, peers=peers
+                modules,
+                shards=shards,
+                temporary=temporary,
+                wire_dtype=wire,
+                peers=peers,
+                squares=squares,
+                last=modules is units[0].modules,
             ).install()
     if copies and not reshard_after_forward:
         peers = peer_memory(mesh, pieces=2)  # the next unit's beside the present one's
@@ -101,6 +109,11 @@ def apply_fsdp(
 def peer_memory(mesh: DeviceMesh, pieces: int = 1) -> PeerMemory:
     """Memory for copies between the ranks that `mesh` shards over, its last axis; see `check_peers`."""
     return PeerMemory(mesh.get_group(mesh.ndim - 1), pieces)
+
+
+def _norms_are_fp32(mesh: DeviceMesh) -> bool:
+    """A CPU's are not (`kernels.norm`), so there they are not made of sums in fp32."""
+    return mesh.device_type == "cuda"
 
 
 def set_replica_all_reduce(model: nn.Module, needed: bool) -> None:

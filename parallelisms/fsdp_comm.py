@@ -59,8 +59,9 @@ from torch.distributed.fsdp import FSDPModule
 # `FSDPModule.set_custom_reduce_scatter` is public, what it takes has no public home yet (torch 2.13).
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
-from kernels.sum_chunks import sum_chunks
+from kernels.sum_chunks import SPAN, sum_chunks
 from parallelisms.fsdp_copies import PeerExchange, UncopiedGradients
+from parallelisms.gradient_squares import remember
 from parallelisms.peer_memory import PeerMemory
 
 
@@ -84,6 +85,9 @@ class GradientReduceScatter(DefaultReduceScatter):
         wire_dtype: Gradients travel in this dtype and are added in fp32; None: as FSDP2 asks for, by a
             reduce-scatter.
         peers: They travel by copies into this memory, and without an input; None: by an all-to-all.
+        squares: With `wire_dtype`: add up the squares of sums that become gradients as they are, for
+            `parallelisms.gradient_squares`.
+        last: The unit is the last in backward: nothing is left to be done beside its sums.
     """
 
     def __init__(
@@ -94,10 +98,14 @@ class GradientReduceScatter(DefaultReduceScatter):
         temporary: bool,
         wire_dtype: torch.dtype | None = None,
         peers: PeerMemory | None = None,
+        squares: bool = False,
+        last: bool = False,
     ) -> None:
         self._unit, self._shards = tuple(unit), shards
         self._temporary, self._wire_dtype = temporary, wire_dtype
         self._exchange = None if peers is None else PeerExchange(peers)
+        self._adds_squares, self._is_last = squares, last
+        self._squares: Tensor | None = None
         self._input: _Input | None = None
         self._compute_stream: torch.cuda.Stream | None = None
 
@@ -143,8 +151,20 @@ class GradientReduceScatter(DefaultReduceScatter):
             received = self._exchange(input_tensor)
         else:
             received = self._all_to_all(input_tensor, group)
-        sum_chunks(received, output_tensor)
+        squares = self._squares_of(output_tensor)
+        sum_chunks(received, output_tensor, squares, self._is_last)
+        if squares is not None:
+            remember(output_tensor, squares)
         return None
+
+    def _squares_of(self, output: Tensor) -> Tensor | None:
+        """Where the squares of `output` go, the same memory in each step; None if it becomes no gradient."""
+        if not (self._adds_squares and self._becomes_gradient(output.dtype)):
+            return None
+        spans = -(-len(output) // SPAN)
+        if self._squares is None or len(self._squares) != spans:
+            self._squares = torch.empty(spans, dtype=torch.float32, device=output.device)
+        return self._squares
 
     def _all_to_all(self, sent: Tensor, group: dist.ProcessGroup) -> Tensor:
         """What all ranks have for this one's shard, (N, n)."""

@@ -34,19 +34,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 512
+from kernels.sum_chunks import SPAN
+
+BLOCK = SPAN
 """Elements of a block: 16 a thread, two loads of each chunk."""
 LOADS = 4
 """Chunks that are on their way at once, at most: with more, 32 programs do not fit on a multiprocessor."""
 PROGRAMS = 32 * 33
 """The most that a multiprocessor takes, on a quarter of Hopper's 132."""
+PROGRAMS_ALONE = 32 * 132
 NARROW_WARPS = 4
 """Of a program where accesses are of single elements: as many bytes on their way, on half of the chip."""
 _ACCESS = 16  # bytes of a wide load or store; Triton also wants n to be a multiple of 16
 
 
 @triton.jit
-def sum_chunks_kernel(chunks, out, n, N: tl.constexpr, LOADS: tl.constexpr, BLOCK: tl.constexpr):
+def sum_chunks_kernel(
+    chunks, out, squares, n, N: tl.constexpr, LOADS: tl.constexpr, SQUARES: tl.constexpr, BLOCK: tl.constexpr
+):
     """Write the sums of n elements of N chunks; a program has every num_programs-th block."""
     block = tl.program_id(0).to(tl.int64)
     while block * BLOCK < n:
@@ -64,10 +69,13 @@ def sum_chunks_kernel(chunks, out, n, N: tl.constexpr, LOADS: tl.constexpr, BLOC
             total += x.to(tl.float32)
             chunk += n
         tl.store(out + place, total, mask=inside, eviction_policy="evict_first")
+        if SQUARES:
+            own = tl.where(inside, total, 0.0)
+            tl.store(squares + block, tl.sum(own * own, axis=0))
         block += tl.num_programs(0)
 
 
-def launch(chunks: Tensor, out: Tensor, programs: int = PROGRAMS) -> None:
+def launch(chunks: Tensor, out: Tensor, squares: Tensor | None = None, programs: int = PROGRAMS) -> None:
     """Sum `chunks` (N, n) into `out` (n,), as `kernels.sum_chunks` has checked them, by so many programs."""
     N, n = chunks.shape
     if n == 0:
@@ -75,5 +83,13 @@ def launch(chunks: Tensor, out: Tensor, programs: int = PROGRAMS) -> None:
     is_wide = not any(place % _ACCESS for place in (n, chunks.data_ptr(), out.data_ptr()))
     with torch.cuda.device_of(out):
         sum_chunks_kernel[(min(-(-n // BLOCK), programs),)](
-            chunks, out, n, N=N, LOADS=LOADS, BLOCK=BLOCK, num_warps=1 if is_wide else NARROW_WARPS
+            chunks,
+            out,
+            out if squares is None else squares,
+            n,
+            N=N,
+            LOADS=LOADS,
+            SQUARES=squares is not None,
+            BLOCK=BLOCK,
+            num_warps=1 if is_wide else NARROW_WARPS,
         )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.sum_chunks import sum_chunks
+from kernels.sum_chunks import SPAN, sum_chunks, sum_chunks_reference
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -60,6 +60,18 @@ def test_memory_may_begin_anywhere(begin, out_begin):
     same(around[out_begin : out_begin + 10_000], in_order(chunks))
     assert around[:out_begin].tolist() == [7.0] * out_begin
     assert around[out_begin + 10_000 :].tolist() == [7.0] * (16 - out_begin)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("n", [1, 512, 70_001, 5_000_016])
+def test_squares_of_the_sums(n, alone):
+    chunks = torch.randint(-3, 4, (2, n), device="cuda").to(BF16)
+    out, squares = torch.empty(n, device="cuda"), torch.empty(-(-n // SPAN), device="cuda")
+    sum_chunks(chunks, out, squares, alone)
+    same(out, in_order(chunks))
+    want = torch.empty(n, device="cuda"), torch.empty_like(squares)
+    sum_chunks_reference(chunks, *want)
+    same(squares, want[1])
 
 
 def test_any_number_of_programs_gives_the_same():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.sum_chunks import _check, sum_chunks, sum_chunks_reference
+from kernels.sum_chunks import SPAN, _check, sum_chunks, sum_chunks_reference
 from tests.kernels.hopper import compile_for_hopper
 
 
@@ -39,7 +39,7 @@ def summed(launch, chunks, *programs, begin=0):
     n = chunks.shape[1]
     around = torch.full((begin + n + 16,), 7.0)
     out = around[begin : begin + n]
-    launch(chunks, out, *programs)
+    launch(chunks, out, None, *programs)
     assert set(around[:begin].tolist()) | set(around[begin + n :].tolist()) == {7.0}
     return out
 
@@ -101,6 +101,19 @@ def test_fp16_and_nothing(launch):
     summed(launch, torch.empty(3, 0, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize(("n", "programs"), [(1, 1), (512, 1), (513, 2), (512 * 5 + 48, 2), (1024, 7)])
+def test_squares_of_the_sums(launch, n, programs):
+    """Of each 512; whole numbers, so that their order does not matter."""
+    chunks = torch.randint(-3, 4, (3, n), generator=torch.Generator().manual_seed(n)).bfloat16()
+    out, around = torch.empty(n), torch.full((-(-n // SPAN) + 2,), 7.0)
+    launch(chunks, out, around[1:-1], programs)
+    want = [float(span.square().sum()) for span in in_order(chunks).split(SPAN)]
+    assert around.tolist() == [7.0, *want, 7.0]
+    reference = torch.empty(len(want))
+    sum_chunks_reference(chunks, out, reference)
+    assert reference.tolist() == want
+
+
 def test_what_a_kernel_would_not_notice_is_refused():
     good, out = torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(8)
     for chunks, target, message in [
@@ -115,12 +128,18 @@ def test_what_a_kernel_would_not_notice_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             sum_chunks(chunks, target)
+    for squares in (torch.zeros(2), torch.zeros(1, dtype=torch.float64), torch.zeros(1, 1)):
+        with pytest.raises(ValueError, match="squares are torch"):
+            sum_chunks(good, out, squares)
+    with pytest.raises(ValueError, match="squares on meta, out on cpu"):
+        _check(good, out, torch.zeros(1, device="meta"))
     with pytest.raises(ValueError, match="chunks on cpu, out on meta"):
         _check(good, out.to("meta"))
 
 
 def test_torchs_checks_of_the_operator():
     torch.library.opcheck(sum_chunks, (chunks_of(2, 70), torch.zeros(70)))
+    torch.library.opcheck(sum_chunks, (chunks_of(2, 70), torch.zeros(70), torch.zeros(1), True))
 
 
 def test_the_operator_launches_the_kernel_where_triton_runs(launch, monkeypatch):
@@ -133,16 +152,17 @@ def test_the_operator_launches_the_kernel_where_triton_runs(launch, monkeypatch)
     assert torch.equal(out, in_order(chunks))
 
 
+@pytest.mark.parametrize("with_squares", [False, True])
 @pytest.mark.parametrize(
     ("N", "is_wide", "registers"), [(2, True, 64), (64, True, 64), (8, False, 32)], ids=["2", "64", "narrow"]
 )
-def test_on_hopper_accesses_are_wide_and_registers_few(N, is_wide, registers):
-    """So few that a multiprocessor holds 32 programs of one warp, or 16 of four."""
+def test_on_hopper_accesses_are_wide_and_registers_few(N, is_wide, registers, with_squares):
+    """So few that a multiprocessor holds 32 programs of one warp, or 16 of four (10 with squares)."""
     pytest.importorskip("triton")
     from kernels.triton.sum_chunks import BLOCK, LOADS, NARROW_WARPS
 
-    signature = {"chunks": "*bf16", "out": "*fp32", "n": "i32"}
-    constants = {"N": N, "LOADS": LOADS, "BLOCK": BLOCK}
+    signature = {"chunks": "*bf16", "out": "*fp32", "squares": "*fp32", "n": "i32"}
+    constants = {"N": N, "LOADS": LOADS, "SQUARES": with_squares, "BLOCK": BLOCK}
     found = compile_for_hopper(
         "kernels.triton.sum_chunks:sum_chunks_kernel",
         signature | dict.fromkeys(constants, "constexpr"),
@@ -151,8 +171,9 @@ def test_on_hopper_accesses_are_wide_and_registers_few(N, is_wide, registers):
         aligned=tuple(signature) if is_wide else (),
     )
     assert found["stack"] == 0  # nothing spills
-    assert found["shared"] == 0  # elements change hands within a warp
-    assert found["registers"] <= registers
+    assert found["shared"] == 0 or (with_squares and not is_wide)  # elements change hands within a warp
+    assert found["registers"] <= (48 if with_squares and not is_wide else registers)
     load, store = ("v4.b32", "v4.b32") if is_wide else ("b16", "b32")
     hint = "L1::evict_first.L2::cache_hint"
-    assert found["accesses"] == [f"ld.global.{hint}.{load}", f"st.global.{hint}.{store}"]
+    squares = ["st.global.b32"] if with_squares else []
+    assert found["accesses"] == [f"ld.global.{hint}.{load}", f"st.global.{hint}.{store}", *squares]

@@ -4,14 +4,15 @@ Clipping is a factor, min(1, max_norm / (norm + 1e-6)). An optimizer that takes 
 multiplies where it reads the gradient anyway; for others each gradient is read and written once more.
 
 The joint norm is the root of the sum of all gradients' squares. A rank takes the norms of its own parts in
-one pass (`kernels.norm`: fp32 on a GPU, fp64 on a CPU) and adds up their squares; one number travels.
+one pass (`kernels.norm`: fp32 on a GPU, fp64 on a CPU), or without one where their squares have been added up
+as they were made (`parallelisms.gradient_squares`), and adds up their squares; one number travels.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import TypeAlias
@@ -24,6 +25,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
 
 from kernels.norm import tensor_norms
+from parallelisms.gradient_squares import forget, recall
 from trainer.optim.one_pass import OnePass
 
 Axes: TypeAlias = tuple[int, ...]
@@ -110,14 +112,27 @@ def total_norm(
         groups[mesh, axes, tensor.dtype].append((place, local))
     squares: dict[DeviceMesh | None, list[tuple[Axes, Tensor]]] = defaultdict(list)
     for (mesh, axes, _), members in groups.items():
-        norms = tensor_norms([local for _, local in members])
-        if single is not None:
-            single.parts.append(([place for place, _ in members], norms))
-        squares[mesh].append((axes, norms.square().sum()))
+        for places, norms in _norms(members):
+            if single is not None:
+                single.parts.append((places, norms))
+            squares[mesh].append((axes, norms.square().sum()))
+    forget()
     joint = reduce(torch.add, [_sum_over(mesh, parts) for mesh, parts in squares.items()])
     if stages is not None:
         dist.all_reduce(joint, group=stages)
     return joint.sqrt().float()
+
+
+def _norms(members: Sequence[tuple[int, Tensor]]) -> Iterator[tuple[list[int], Tensor]]:
+    """Places and norms (P,) of tensors of one device and dtype."""
+    known = {place: found for place, local in members if (found := recall(local)) is not None}
+    if known:
+        # Nothing is negative, so this is each one's sum.
+        sums = torch._foreach_norm(list(known.values()), 1.0)
+        yield list(known), torch.stack(sums).sqrt()
+    others = [(place, local) for place, local in members if place not in known]
+    if others:
+        yield [place for place, _ in others], tensor_norms([local for _, local in others])
 
 
 def _own_part(tensor: Tensor) -> tuple[DeviceMesh | None, Axes, Tensor]:
