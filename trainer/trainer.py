@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.support import runs_triton
+from models import MODELS
 from parallelisms.compile import start_compilers
 from parallelisms.distributed import (
     Rank,
@@ -30,7 +31,7 @@ from parallelisms.distributed import (
     set_deterministic,
     shared_seed,
 )
-from parallelisms.early_gather import gather_embedding_early
+from parallelisms.early_gather import gather_early
 from parallelisms.mesh import build_mesh
 from parallelisms.peer_memory import check_peers, reach_each_other
 from trainer import startup
@@ -116,7 +117,7 @@ class Trainer:
         if built.direct is not None:
             built.direct.attach(self.optimizer)
         if built.stages is None:
-            gather_embedding_early(self.model, self.optimizer)
+            gather_early(self.model, MODELS[config.model.name].blocks, self.optimizer)
         for converter in self.converters:
             converter.optimizer_built(self.model, self.optimizer)
         self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, config.training.steps)

@@ -19,7 +19,7 @@ from converters.float8 import (
     precompute_float8_dynamic_scale_for_fsdp,
 )
 from converters.float8.fsdp import _PASSES_AS_BF16
-from parallelisms.early_gather import gather_embedding_early
+from parallelisms.early_gather import gather_early
 from parallelisms.fsdp import apply_fsdp
 from trainer.optim.one_pass import OnePassAdamW
 
@@ -152,7 +152,7 @@ def early_worker(rank, folder):
             settings = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
             optimizer = OnePassAdamW(model.parameters(), **settings)
             if early:
-                assert gather_embedding_early(model, optimizer)
+                assert gather_early(model, "layers", optimizer)
             losses = []
             for step in range(8):
                 torch.manual_seed(10 * step + rank)
@@ -169,7 +169,7 @@ def early_worker(rank, folder):
 
 
 @pytest.mark.multi_gpu
-def test_an_embedding_gathered_early_is_the_new_one():
+def test_what_is_gathered_early_is_new():
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(early_worker, args=(folder,), nprocs=2)
         for rank in range(2):

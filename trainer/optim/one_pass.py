@@ -19,8 +19,8 @@ Nothing is allocated but a table of addresses, where gradients are contiguous an
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,15 @@ from torch.optim.optimizer import ParamsT
 
 from kernels.adamw import adamw_step
 from parallelisms.dtensor import local_part
+
+
+class _Update(NamedTuple):
+    """A call of `adamw_step`."""
+
+    is_first: bool
+    arguments: tuple[Any, ...]
+    steps: list[Tensor]
+    """Of its parameters, counted for it already."""
 
 
 class OnePass(torch.optim.Adam):
@@ -50,7 +59,7 @@ class OnePass(torch.optim.Adam):
         self.amaxes: dict[Tensor, Tensor] = {}
         """Parameter -> fp32 scalar, filled by each step with the amax of this rank's part."""
         self.first: set[Tensor] = set()
-        """Parameters of the first group that each step updates before all others."""
+        """Parameters that each step updates before all others."""
         self.first_updated: torch.cuda.Event | None = None
         """Recorded on the device when the last step had done so."""
 
@@ -72,8 +81,18 @@ class OnePass(torch.optim.Adam):
             with torch.enable_grad():
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
-        for group in self.param_groups:
-            self._step_group(group, grad_scale, found_inf)
+        updates = [u for group in self.param_groups for u in self._updates(group, grad_scale, found_inf)]
+        for is_first in (True, False):
+            for update in updates:
+                if update.is_first == is_first:
+                    adamw_step(*update.arguments)
+            if is_first and self.first and next(iter(self.first)).is_cuda:
+                self.first_updated = torch.cuda.current_stream().record_event()
+        if found_inf is not None:
+            for update in updates:
+                # A list: of one tensor torch makes a number, for which the host waits.
+                factor = found_inf.to(update.steps[0].device)
+                torch._foreach_sub_(update.steps, [factor] * len(update.steps))
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -84,7 +103,10 @@ class OnePass(torch.optim.Adam):
         own = {"fused": True, "foreach": None, "capturable": False}
         super().load_state_dict({**state_dict, "param_groups": [{**group, **own} for group in groups]})
 
-    def _step_group(self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _updates(
+        self, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Iterator[_Update]:
+        """What is to be done for `group`, one update for all that are alike; their steps are counted."""
         params: list[Tensor] = []
         grads: list[Tensor] = []
         exp_avgs: list[Tensor] = []
@@ -98,12 +120,12 @@ class OnePass(torch.optim.Adam):
         for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
             extras = param in self.low_precision_copies, param in self.amaxes
             kind = param.device, param.dtype, grad.dtype, exp_avgs[index].dtype, extras
-            alike[param not in self.first, kind].append(index)
+            alike[param in self.first, kind].append(index)
         beta1, beta2 = group["betas"]
-        for (is_later, _), indices in sorted(alike.items(), key=lambda each: each[0][0]):
-            chosen = [params[i] for i in indices]
+        for (is_first, _), indices in alike.items():
+            chosen, chosen_steps = [params[i] for i in indices], [steps[i] for i in indices]
             device = chosen[0].device
-            adamw_step(
+            arguments = (
                 [local_part(p) for p in chosen],
                 [
                     local_part(_placed_as(p, grads[i])).contiguous()
@@ -111,7 +133,7 @@ class OnePass(torch.optim.Adam):
                 ],
                 [local_part(exp_avgs[i]) for i in indices],
                 [local_part(exp_avg_sqs[i]) for i in indices],
-                [steps[i] for i in indices],
+                chosen_steps,
                 [local_part(self.low_precision_copies[p]) for p in chosen if p in self.low_precision_copies],
                 [self.amaxes[p] for p in chosen if p in self.amaxes],
                 None if grad_scale is None else grad_scale.to(device, torch.float32),
@@ -123,11 +145,7 @@ class OnePass(torch.optim.Adam):
                 group["weight_decay"],
                 group["decoupled_weight_decay"],
             )
-            if not is_later and device.type == "cuda":
-                self.first_updated = torch.cuda.current_stream(device).record_event()
-        if found_inf is not None:
-            # A list: of one tensor torch makes a number, for which the host waits.
-            torch._foreach_sub_(steps, [found_inf.to(steps[0].device)] * len(steps))
+            yield _Update(is_first, arguments, chosen_steps)
 
 
 class OnePassAdam(OnePass):
