@@ -8,7 +8,8 @@ when it is added separately; all else is fp32 and rounded once. dx = dr = dh: ad
 both.
 
 Kept for backward: h and rstd (4 bytes a row). A block then reads and writes the stream once where it adds and
-norms, and in backward the gradients of both branches meet in one kernel.
+norms, and in backward the gradients of both branches meet in one kernel; those of y from up to three readers
+too, where a compiler is told so (`parallelisms.addition_pass`): 6 bytes an element less for each.
 
 Both can give the largest magnitude of y, or of dh, after rounding, which a float8 cast with one dynamic scale
 would otherwise read all of it again to find. NaN counts as the largest.
@@ -23,6 +24,9 @@ from torch import Tensor
 
 from kernels.operators import operator
 from kernels.support import runs_triton
+
+MOST_GRADS = 3
+"""That are added up to y's: its readers in a block are wq, wk and wv, or w1 and w3."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -50,10 +54,10 @@ def rms_norm_reference(h: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, T
 
 
 def rms_norm_backward_reference(
-    grad: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, stream_grad: Tensor | None
+    grads: list[Tensor], h: Tensor, weight: Tensor, rstd: Tensor, stream_grad: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(dh, dw) in plain PyTorch."""
-    dy, normed = grad.float(), h.float() * rstd[..., None]
+    dy, normed = torch.stack([grad.float() for grad in grads]).sum(0), h.float() * rstd[..., None]
     weighted = dy * weight.float()
     dh = (weighted - normed * (weighted * normed).mean(-1, keepdim=True)) * rstd[..., None]
     if stream_grad is not None:
@@ -100,26 +104,36 @@ def _(
 
 @operator("rms_norm_backward")
 def rms_norm_backward(
-    grad: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, stream_grad: Tensor | None, with_amax: bool
+    grads: list[Tensor], h: Tensor, weight: Tensor, rstd: Tensor, stream_grad: Tensor | None, with_amax: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dh, dw, dh's amax, empty unless wanted); `stream_grad` is what arrives at h from elsewhere."""
+    """(dh, dw, dh's amax, empty unless wanted).
+
+    `grads`, one to three, are added to y's gradient in fp32; they and `stream_grad`, which is what arrives at
+    h from elsewhere, have h's elements in h's order.
+    """
     amax = h.new_zeros(int(with_amax), dtype=torch.float32)
     if not runs_triton(h.device):
-        dh, dw = rms_norm_backward_reference(grad, h, weight, rstd, stream_grad)
+        dh, dw = rms_norm_backward_reference(
+            [grad.reshape(h.shape) for grad in grads],
+            h,
+            weight,
+            rstd,
+            None if stream_grad is None else stream_grad.reshape(h.shape),
+        )
         return dh, dw, _fill(amax, dh)
     from kernels.triton.rms_norm import launch_backward
 
     D = h.shape[-1]
-    dy, rows = grad.reshape(-1, D).contiguous(), h.reshape(-1, D).contiguous()
+    dys, rows = [grad.reshape(-1, D).contiguous() for grad in grads], h.reshape(-1, D).contiguous()
     stream = None if stream_grad is None else stream_grad.reshape(-1, D).contiguous()
-    inputs = (dy, rows, weight.contiguous(), rstd.reshape(-1).contiguous(), stream)
+    inputs = (dys, rows, weight.contiguous(), rstd.reshape(-1).contiguous(), stream)
     dh, dw = launch_backward(*inputs, amax if with_amax else None)
     return dh.view(h.shape), dw, amax
 
 
 @rms_norm_backward.register_fake
 def _(
-    grad: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, stream_grad: Tensor | None, with_amax: bool
+    grads: list[Tensor], h: Tensor, weight: Tensor, rstd: Tensor, stream_grad: Tensor | None, with_amax: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dh, dw = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (h, weight))
     return dh, dw, h.new_empty(int(with_amax), dtype=torch.float32)
@@ -140,7 +154,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(
     ctx: Any, h_grad: Tensor | None, grad: Tensor, rstd_grad: Tensor | None, amax_grad: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    dh, dw, _ = rms_norm_backward(grad, *ctx.saved_tensors, h_grad if ctx.added else None, False)
+    dh, dw, _ = rms_norm_backward([grad], *ctx.saved_tensors, h_grad if ctx.added else None, False)
     return dh, dh if ctx.added else None, dw, None, None
 
 

@@ -1,7 +1,8 @@
 """The passes over graphs that inductor is given, as the one that it takes.
 
-First `parallelisms.amax_pass`, which takes amaxes from the kernels that make tensors; then
-`parallelisms.scale_pass`, which has those that are left over taken with the cast.
+First `parallelisms.addition_pass`, which has norms' kernels add; then `parallelisms.amax_pass`, which takes
+amaxes from the kernels that make tensors; then `parallelisms.scale_pass`, which has those that are left over
+taken with the cast.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
+from parallelisms.addition_pass import AdditionsInNorm
 from parallelisms.amax_pass import AMAX_FROM_PRODUCER
 from parallelisms.scale_pass import ScaleWithCast
 
@@ -16,7 +18,7 @@ from parallelisms.scale_pass import ScaleWithCast
 class GraphPasses(CustomGraphPass):
     """All of them, in their order, over every forward and every backward graph after they are split."""
 
-    passes = (AMAX_FROM_PRODUCER, ScaleWithCast())
+    passes = (AdditionsInNorm(), AMAX_FROM_PRODUCER, ScaleWithCast())
 
     def __call__(self, graph: Graph) -> None:
         """Change `graph` in place."""

@@ -17,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.rms_norm import MOST_GRADS
 from kernels.triton.magnitude import raise_amax
 
-PROGRAMS = 384
-"""Programs of backward, at most: three for each multiprocessor of a Hopper GPU, which its registers hold at
-once where D is 4096."""
+PROGRAMS = {1: 384, 2: 384, 3: 256}
+"""Gradients that are added -> programs of backward, at most: three or two for each multiprocessor of a Hopper
+GPU, which its registers hold at once where D is 4096."""
 
 
 @triton.jit
@@ -63,6 +64,8 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     grad,
+    second_grad,
+    third_grad,
     x,
     weight,
     rstd,
@@ -72,12 +75,16 @@ def backward_kernel(
     amax,
     M,
     D,
+    GRADS: tl.constexpr,
     WITH_STREAM: tl.constexpr,
     WITH_AMAX: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad_x (+ stream_grad) of ROWS rows, and their part of the weight's gradient; amax is grad_x's."""
+    """grad_x (+ stream_grad) of ROWS rows, and their part of the weight's gradient; amax is grad_x's.
+
+    y's gradient is the sum of one, two or three.
+    """
     column = tl.arange(0, BLOCK)
     in_row = column < D
     part = tl.zeros((BLOCK,), tl.float32)
@@ -89,6 +96,10 @@ def backward_kernel(
         inverse = tl.load(rstd + row, mask=row < M, other=0.0)
         normed = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * inverse
         dy = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+        if GRADS > 1:
+            dy += tl.load(second_grad + place, mask=inside, other=0.0).to(tl.float32)
+        if GRADS > 2:
+            dy += tl.load(third_grad + place, mask=inside, other=0.0).to(tl.float32)
         part += dy * normed
         # Read again for every row, from the cache: kept, it would take the registers of another program.
         weighted = dy * tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)
@@ -137,7 +148,7 @@ def launch_forward(
 
 
 def launch_backward(
-    grad: Tensor,
+    grads: list[Tensor],
     x: Tensor,
     weight: Tensor,
     rstd: Tensor,
@@ -146,26 +157,28 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor]:
     """(gradient of x, of the weight) for contiguous (M, D) rows; the former plus `stream_grad`, if given.
 
-    `amax` is (1,) fp32 zeros, or None.
+    `grads`, one to three, are added; `amax` is (1,) fp32 zeros, or None.
     """
     M, D = x.shape
     grad_x = torch.empty_like(x)
-    rows = triton.cdiv(M, PROGRAMS)
+    rows = triton.cdiv(M, PROGRAMS[len(grads)])
     programs = triton.cdiv(M, rows) if M else 0
     parts = torch.empty(programs, D, dtype=torch.float32, device=x.device)
     block, warps = block_and_warps(D)
     if M:
         backward_kernel[(programs,)](
-            grad,
+            *grads,
+            *[grads[0]] * (MOST_GRADS - len(grads)),
             x,
             weight,
             rstd,
-            grad if stream_grad is None else stream_grad,
+            grads[0] if stream_grad is None else stream_grad,
             grad_x,
             parts,
             parts if amax is None else amax.view(torch.int32),
             M,
             D,
+            GRADS=len(grads),
             WITH_STREAM=stream_grad is not None,
             WITH_AMAX=amax is not None,
             ROWS=rows,

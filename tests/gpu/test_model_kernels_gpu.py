@@ -163,11 +163,11 @@ def test_rms_norm(M, D, dtype):
     again, amax = norm.rms_norm_with_amax(h, weight, 1e-5)
     assert torch.equal(again, y)
     assert float(amax) == float(y.abs().max())
-    for added in (None, stream):
-        dh, dw, amax = norm.rms_norm_backward(grad, h, weight, rstd, added, True)
+    for added, grads in ((None, [grad]), (stream, [grad]), (stream, [grad, x]), (None, [x, grad, stream])):
+        dh, dw, amax = norm.rms_norm_backward(grads, h, weight, rstd, added, True)
         assert float(amax) == float(dh.abs().max())
-        assert torch.equal(norm.rms_norm_backward(grad, h, weight, rstd, added, False)[0], dh)
-        want_dh, want_dw = norm.rms_norm_backward_reference(grad, h, weight, rstd, added)
+        assert torch.equal(norm.rms_norm_backward(grads, h, weight, rstd, added, False)[0], dh)
+        want_dh, want_dw = norm.rms_norm_backward_reference(grads, h, weight, rstd, added)
         tolerance = {"rtol": 2**-7, "atol": 1e-3} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
         torch.testing.assert_close(dh, want_dh, **tolerance)
         assert (dw.float() - want_dw.float()).norm() <= 4e-3 * want_dw.float().norm()
