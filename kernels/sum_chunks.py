@@ -34,8 +34,7 @@ def sum_chunks_reference(chunks: Tensor, out: Tensor, squares: Tensor | None = N
         squares.copy_(F.pad(out, (0, -len(out) % SPAN)).view(-1, SPAN).square().sum(1))
 
 
-@torch.library.custom_op("octavo::sum_chunks", mutates_args=("out", "squares"))
-def sum_chunks(chunks: Tensor, out: Tensor, squares: Tensor | None = None, alone: bool = False) -> None:
+def sum_chunks(chunks: Tensor, out: Tensor, squares: Tensor | None = None, *, alone: bool = False) -> None:
     """Write the sum of `chunks` over dim 0 into `out`, on the current stream.
 
     Args:
@@ -49,17 +48,24 @@ def sum_chunks(chunks: Tensor, out: Tensor, squares: Tensor | None = None, alone
     Raises:
         ValueError: a dtype, a size, a layout or a device is another.
     """
-    _check(chunks, out, squares)
+    _operator(chunks, out, [] if squares is None else [squares], alone)
+
+
+@torch.library.custom_op("octavo::sum_chunks", mutates_args=("out", "squares"))
+def _operator(chunks: Tensor, out: Tensor, squares: list[Tensor], alone: bool) -> None:
+    """As above, with a list of at most one: torch 2.11 loses a mutable argument that may be None."""
+    wanted = squares[0] if squares else None
+    _check(chunks, out, wanted)
     if not runs_triton(out.device):
-        sum_chunks_reference(chunks, out, squares)
+        sum_chunks_reference(chunks, out, wanted)
         return
     from kernels.triton.sum_chunks import PROGRAMS, PROGRAMS_ALONE, launch
 
-    launch(chunks, out, squares, PROGRAMS_ALONE if alone else PROGRAMS)
+    launch(chunks, out, wanted, PROGRAMS_ALONE if alone else PROGRAMS)
 
 
-@sum_chunks.register_fake
-def _(chunks: Tensor, out: Tensor, squares: Tensor | None = None, alone: bool = False) -> None:
+@_operator.register_fake
+def _(chunks: Tensor, out: Tensor, squares: list[Tensor], alone: bool) -> None:
     return None
 
 

@@ -152,7 +152,7 @@ class GradientReduceScatter(DefaultReduceScatter):
         else:
             received = self._all_to_all(input_tensor, group)
         squares = self._squares_of(output_tensor)
-        sum_chunks(received, output_tensor, squares, self._is_last)
+        sum_chunks(received, output_tensor, squares, alone=self._is_last)
         if squares is not None:
             remember(output_tensor, squares)
         return None

@@ -67,7 +67,7 @@ def test_memory_may_begin_anywhere(begin, out_begin):
 def test_squares_of_the_sums(n, alone):
     chunks = torch.randint(-3, 4, (2, n), device="cuda").to(BF16)
     out, squares = torch.empty(n, device="cuda"), torch.empty(-(-n // SPAN), device="cuda")
-    sum_chunks(chunks, out, squares, alone)
+    sum_chunks(chunks, out, squares, alone=alone)
     same(out, in_order(chunks))
     want = torch.empty(n, device="cuda"), torch.empty_like(squares)
     sum_chunks_reference(chunks, *want)
@@ -80,7 +80,7 @@ def test_any_number_of_programs_gives_the_same():
     chunks = chunks_of(2, 1_000_000)
     for programs in (1, 7, 132, 10**6):
         got = torch.empty(1_000_000, device="cuda")
-        launch(chunks, got, programs)
+        launch(chunks, got, None, programs)
         same(got, in_order(chunks))
 
 
