@@ -2,7 +2,7 @@
 
 Tensors are found by a table (`kernels.triton.tensor_table`). It holds addresses and sizes alone, so one that
 was sent once serves every launch over the same memory: the shards of a model stay where they are, and what
-they are cast into is used in turn.
+they are cast into is used in turn. Scales are new in each step, but lie as far from each other as before.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ _ELEMENTS = 4096
 
 @triton.jit(do_not_specialize=["tensors"])
 def cast_each_kernel(
-    table,  # (6, P) int64: first block, end, is aligned, addresses of x, of its scale and of its place
+    table,  # (6, P) int64: first block, end, is aligned, address of x, place of scale, address of out
     first_ptr,  # a tensor and its place, for their dtypes
     first_out_ptr,
+    scale_ptr,  # the first tensor's
     tensors,  # P
     fmax: tl.constexpr,
     BISECTIONS: tl.constexpr,
@@ -40,7 +41,7 @@ def cast_each_kernel(
     size = tl.load(row + tensors)
     is_aligned = tl.load(row + 2 * tensors)
     x = tl.load(row + 3 * tensors).to(first_ptr.dtype)
-    scale = tl.load(tl.load(row + 4 * tensors).to(tl.pointer_type(tl.float32)))
+    scale = tl.load(scale_ptr + tl.load(row + 4 * tensors))
     out = tl.load(row + 5 * tensors).to(first_out_ptr.dtype)
     offsets = start + tl.arange(0, BLOCK)
     if (is_aligned != 0) & (start + BLOCK <= size):
@@ -62,9 +63,12 @@ def launch(
     device = tensors[0].device
     # Memory of a table belongs to the stream that it was sent on.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    first_scale = scales[0].data_ptr()
     table, blocks = _table(
         tuple(t.numel() for t in tensors),
-        *(tuple(t.data_ptr() for t in part) for part in (tensors, scales, outs)),
+        tuple(t.data_ptr() for t in tensors),
+        tuple((scale.data_ptr() - first_scale) // scale.element_size() for scale in scales),
+        tuple(out.data_ptr() for out in outs),
         device,
         stream,
     )
@@ -75,6 +79,7 @@ def launch(
             table,
             tensors[0],
             outs[0].view(stored_as or dtype),
+            scales[0],
             len(tensors),
             float8_max(dtype),
             BISECTIONS=bisections(len(tensors)),
@@ -87,11 +92,14 @@ def launch(
 def _table(
     sizes: tuple[int, ...],
     tensors: tuple[int, ...],
-    scales: tuple[int, ...],
+    scale_places: tuple[int, ...],
     outs: tuple[int, ...],
     device: torch.device,
     stream: int,
 ) -> tuple[Tensor, int]:
-    """The kernel's table for tensors of these sizes at these addresses, and the number of all blocks."""
+    """The kernel's table for tensors of these sizes at these addresses, and the number of all blocks.
+
+    Scales are so many elements behind the first.
+    """
     aligned = [int(not (x % ACCESS or out % ACCESS)) for x, out in zip(tensors, outs, strict=True)]
-    return build_table(sizes, [aligned, tensors, scales, outs], _ELEMENTS, device)
+    return build_table(sizes, [aligned, tensors, scale_places, outs], _ELEMENTS, device)

@@ -103,6 +103,9 @@ def worker(rank: int, rendezvous: str) -> None:
         assert y.dtype is torch.bfloat16
         y.float().sum().backward()
         assert mixed[0].weight.grad.dtype is torch.float32
+        # Gloo's threads drop what autograd left with its last collective, for which they want the interpreter
+        # (torch 2.13): once it is about to end, that aborts the process.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

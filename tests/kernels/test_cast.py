@@ -419,7 +419,7 @@ def test_a_table_is_sent_once() -> None:
     each.launch(outs, tensors, scales, E4M3, stored_as=torch.float32)
     sent = each._table.cache_info().misses
     tensors[-1].mul_(2)
-    scales[-1].mul_(2)
+    scales = list((2 * torch.stack(scales)).unbind())  # new ones, as far apart
     each.launch(outs, tensors, scales, E4M3, stored_as=torch.float32)
     assert each._table.cache_info().misses == sent
     assert torch.equal(outs[-1], rounded_away(tensors[-1], scales[-1], E4M3))
@@ -474,6 +474,7 @@ def test_the_cast_of_many_compiles_for_hopper() -> None:
             "table": "*i64",
             "first_ptr": "*fp32",
             "first_out_ptr": "*fp8e4nv",
+            "scale_ptr": "*fp32",
             "tensors": "i32",
             **dict.fromkeys(constants, "constexpr"),
         },
