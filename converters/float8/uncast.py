@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from converters.float8.gathered import Wrapper
@@ -56,7 +57,7 @@ class UncastShard(Wrapper):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not all(issubclass(t, cls) or t is torch.Tensor for t in types):
+        if not all(issubclass(t, (cls, FakeTensor)) or t is torch.Tensor for t in types):
             return NotImplemented  # a buffer that is not one, which knows where the shards go
         if func is torch.ops.aten._foreach_copy_.default:
             outs, shards = args[:2]

@@ -15,7 +15,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +26,7 @@ from converters.float8.fsdp import FSDPFloat8Shard
 from models import MODELS
 from parallelisms.fsdp import apply_fsdp
 from parallelisms.tensor_parallel import apply_tensor_parallel
+from tests.ranks import run_ranks
 from trainer.loss import cross_entropy_sum
 
 STEPS, BATCH, SEQ, LAYERS, DIM, VOCAB = 10, 2, 32, 2, 64, 128
@@ -170,7 +170,7 @@ def worker(rank, folder):
 @pytest.fixture(scope="module")
 def found():
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, args=(folder,), nprocs=4)
+        run_ranks(worker, 4, folder)
         return torch.load(Path(folder) / "found")
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -32,6 +31,7 @@ from converters.float8 import (
 from converters.float8.converter import Float8Converter
 from models import MODELS
 from parallelisms.tensor_parallel import apply_tensor_parallel
+from tests.ranks import run_ranks
 from trainer.loss import cross_entropy_sum
 
 SPEC = MODELS["llama3"]
@@ -230,7 +230,7 @@ def worker(rank, folder):
 @pytest.fixture(scope="module")
 def found():
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, args=(folder,), nprocs=2)
+        run_ranks(worker, 2, folder)
         return torch.load(Path(folder) / "found0")
 
 

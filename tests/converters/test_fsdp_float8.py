@@ -1,6 +1,5 @@
 """FSDP2 over two gloo processes: mixed precision, the float8 all-gather, precomputed scales, plain state."""
 
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -29,6 +27,7 @@ from converters.float8.weight_scales import (
     read_amaxes_of_changed_weights,
 )
 from parallelisms.direct_weights import DirectWeights
+from tests.ranks import run_ranks
 from trainer.optim.one_pass import OnePassAdamW
 
 WORLD = 2
@@ -106,9 +105,6 @@ def worker(rank: int, rendezvous: str) -> None:
         assert mixed[0].weight.grad.dtype is torch.float32
     finally:
         dist.destroy_process_group()
-    # Gloo's threads drop what its last collectives kept of Python, for which they want the interpreter; where
-    # that is about to end, the process aborts (torch 2.13).
-    os._exit(0)
 
 
 class Sent(TorchDispatchMode):
@@ -154,7 +150,7 @@ def assert_whole_weights_arrive(n: int, norms: torch.dtype, wire: set[torch.dtyp
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 def test_two_ranks() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, args=(str(Path(folder) / "rendezvous"),), nprocs=WORLD)
+        run_ranks(worker, WORLD, str(Path(folder) / "rendezvous"))
 
 
 def shard(settings: GatherSettings, *shape: int) -> FSDPFloat8Shard:
@@ -256,4 +252,4 @@ def three_steps(model: nn.Module, optimizer: OnePassAdamW, weights: DirectWeight
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 def test_one_rank_keeps_its_float8_weights_and_renews_them() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(direct_worker, args=(str(Path(folder) / "rendezvous"),), nprocs=1)
+        run_ranks(direct_worker, 1, str(Path(folder) / "rendezvous"))

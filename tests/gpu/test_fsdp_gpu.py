@@ -9,7 +9,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -21,6 +20,7 @@ from converters.float8 import (
 from converters.float8.fsdp import _PASSES_AS_BF16
 from parallelisms.early_gather import gather_early
 from parallelisms.fsdp import apply_fsdp
+from tests.ranks import run_ranks
 from trainer.optim.one_pass import OnePassAdamW
 
 pytestmark = pytest.mark.gpu
@@ -131,7 +131,7 @@ def worker(rank, folder):
 @pytest.mark.multi_gpu
 def test_gradients_over_nvlink_are_those_of_torchs_reduction():
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, args=(folder,), nprocs=2)
+        run_ranks(worker, 2, folder)
         for rank in range(2):
             same = torch.load(Path(folder) / f"{rank}.pt", weights_only=True)
             assert same == {"torch": True, "compute_pool": True, "bfloat16_wire": True, "copies": True}
@@ -171,7 +171,7 @@ def early_worker(rank, folder):
 @pytest.mark.multi_gpu
 def test_what_is_gathered_early_is_new():
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(early_worker, args=(folder,), nprocs=2)
+        run_ranks(early_worker, 2, folder)
         for rank in range(2):
             found = torch.load(Path(folder) / f"{rank}.pt")
             want = found["nccl", False]
@@ -236,7 +236,7 @@ def float8_worker(rank, folder):
 @pytest.mark.multi_gpu
 def test_float8_arrives_alike_as_bf16_and_as_bytes():
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(float8_worker, args=(folder,), nprocs=2)
+        run_ranks(float8_worker, 2, folder)
         for rank in range(2):
             losses = torch.load(Path(folder) / f"{rank}.pt")
             assert len(losses) == 15

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -18,6 +17,7 @@ from parallelisms.activation_checkpoint import apply_activation_checkpoint
 from parallelisms.config import ActivationCheckpointConfig, ParallelismConfig
 from parallelisms.context_parallel import SequenceShards, apply_context_parallel, check_attention
 from parallelisms.partial_attention import attend, attend_backward, merge
+from tests.ranks import run_ranks
 
 B, H, H_KV, S, DH = 2, 4, 2, 32, 16
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 13 + [2] * 14, [0] * 20 + [1] * 12])
@@ -194,7 +194,7 @@ def worker(rank, size, folder):
 def found(request):
     """(processes, what each of them found)."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, args=(request.param, folder), nprocs=request.param)
+        run_ranks(worker, request.param, request.param, folder)
         every = torch.load(Path(folder) / "found", weights_only=False)
     return SimpleNamespace(size=request.param, every=every)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +19,7 @@ from models import MODELS
 from parallelisms import fsdp_comm
 from parallelisms.fsdp import apply_fsdp, set_replica_all_reduce
 from parallelisms.tensor_parallel import apply_tensor_parallel
+from tests.ranks import run_ranks
 from trainer.loss import cross_entropy_sum
 
 SPEC = MODELS["llama3"]
@@ -137,7 +137,7 @@ def worker(rank, folder):
 def of_four_ranks(function):
     """What function(rank, folder) saved to ``folder/RANK.pt`` in each of four processes."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(function, args=(folder,), nprocs=4)
+        run_ranks(function, 4, folder)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(4)]
 
 

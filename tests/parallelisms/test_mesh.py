@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from parallelisms.config import ParallelismConfig
 from parallelisms.distributed import set_collective_timeout
 from parallelisms.fsdp import apply_fsdp
 from parallelisms.mesh import AXES, build_mesh, picture
+from tests.ranks import run_ranks
 
 
 def degrees(**given):
@@ -119,7 +119,7 @@ def worker(rank, folder):
 def found():
     """What each of four ranks found."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, args=(folder,), nprocs=4)
+        run_ranks(worker, 4, folder)
         return torch.load(Path(folder) / "found")
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -16,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle
 
 from models import MODELS
 from parallelisms.tensor_parallel import GatherInput, SharedInputStyle, apply_tensor_parallel
+from tests.ranks import run_ranks
 from trainer.loss import cross_entropy_sum
 
 SPEC = MODELS["llama3"]
@@ -203,7 +203,7 @@ def worker(rank, folder):
 def found():
     """What both ranks found; rank 1's must equal rank 0's."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, args=(folder,), nprocs=2)
+        run_ranks(worker, 2, folder)
         return torch.load(Path(folder) / "found0")
 
 

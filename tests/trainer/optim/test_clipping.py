@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+from tests.ranks import run_ranks
 from trainer.optim.clipping import GradNorms, total_norm
 
 ROWS, COLUMNS, SAME = Shard(0), Shard(1), Replicate()
@@ -65,7 +65,7 @@ def worker(rank, folder):
 
 
 def test_layouts_have_one_norm(tmp_path):
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=4)
+    run_ranks(worker, 4, str(tmp_path))
 
 
 def test_single_norms_name_the_bad_gradients():

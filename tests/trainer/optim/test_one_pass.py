@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from converters.float8.fsdp import FSDPFloat8Shard, GatherSettings
+from tests.ranks import run_ranks
 from trainer.config.errors import ConfigError
 from trainer.optim import optimizer as building
 from trainer.optim.clipping import clip_for, clip_grad_norm
@@ -217,7 +217,7 @@ def worker(rank, folder):
 
 
 def test_two_ranks_update_their_parts_as_one_updates_the_whole(tmp_path):
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    run_ranks(worker, 2, str(tmp_path))
     found = torch.load(tmp_path / "found")
     assert len(found) == 8
     assert max(found) < 1e-7
