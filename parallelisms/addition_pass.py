@@ -40,13 +40,14 @@ class AdditionsInNorm(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         """Change `graph` in place."""
         order = {node: number for number, node in enumerate(graph.nodes)}
-        for node in list(graph.nodes):
-            if node.target is _BACKWARD:
-                _take_sum(node)
-                _take_stream(node, order)
-                # What it had been traced with, by which inductor lays out its arguments.
-                node.meta.pop("eager_input_vals", None)
-        graph.eliminate_dead_code()
+        backwards = [node for node in order if node.target is _BACKWARD]
+        for node in backwards:
+            _take_sum(node)
+            _take_stream(node, order)
+            # What it had been traced with, by which inductor lays out its arguments.
+            node.meta.pop("eager_input_vals", None)
+        if backwards:
+            graph.eliminate_dead_code()
 
     def uuid(self) -> bytes:
         """What the cache of compiled graphs knows this pass by."""
