@@ -35,6 +35,7 @@ from parallelisms.early_gather import gather_early
 from parallelisms.mesh import build_mesh
 from parallelisms.peer_memory import check_peers, reach_each_other
 from trainer import startup
+from trainer.arrival import Arrival
 from trainer.build import build_model, offloads
 from trainer.checkpoint.changes import flat_settings
 from trainer.checkpoint.manager import CheckpointManager
@@ -201,6 +202,7 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         for index, batch in enumerate(micro_batches, 1):
             loss += self.forward.forward_backward(batch, valid, last=index == len(micro_batches))
+        self.metrics.settle()
         for converter in self.converters:
             converter.after_backward(self.model)
         norms = self.faults.bad_steps.new_norms()
@@ -274,14 +276,9 @@ class Trainer:
         total = self._sum_over_data_ranks(loss.clone())
         if self.batch.dp_degree > 1:
             dist.all_reduce(own_mean_loss, dist.ReduceOp.MAX, group=self.mesh.data_group)
-        self.metrics.log_step(
-            self.step,
-            loss=float(total),
-            max_loss=float(own_mean_loss),
-            grad_norm=float(grad_norm),
-            lr=lr,
-            tokens_seen=self.tokens_seen,
-        )
+        # Gradients may be offloaded to the host, and their norm with them.
+        numbers = torch.stack([t.detach().to(total).double() for t in (total, own_mean_loss, grad_norm)])
+        self.metrics.log_arrival(self.step, Arrival(numbers), lr=lr, tokens_seen=self.tokens_seen)
 
     def _validation_due(self) -> bool:
         v = self.config.validation

@@ -8,9 +8,10 @@ In a training loop::
         with metrics.data_loading():
             batch = next(batches)
         ...                                             # forward, backward, optimizer
+        metrics.settle()                                # with this step queued: the line of the last
         metrics.count_step(tokens_of_this_dp_rank)
         if metrics.should_log(step):
-            metrics.log_step(step, loss=..., ...)
+            metrics.log_step(step, loss=..., ...)       # or log_arrival, which waits for nothing
         with metrics.excluded("validation"):
             ...
         metrics.log_validation(step, loss)
@@ -23,15 +24,16 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.metrics.config import MetricsConfig
 from trainer.metrics.devices import peak_tflops
-from trainer.metrics.memory import MemoryMonitor
-from trainer.metrics.meter import CHECKPOINT, COMPILE, VALIDATION, ThroughputMeter
+from trainer.metrics.memory import MemoryMonitor, MemoryReading
+from trainer.metrics.meter import CHECKPOINT, COMPILE, VALIDATION, Throughput, ThroughputMeter, Window
 from trainer.metrics.sinks import build_sinks
 from trainer.metrics.step_line import Progress, format_step_line, format_validation_line, use_colors
 from trainer.metrics.summary import RunSummary, summary_lines
@@ -39,7 +41,21 @@ from trainer.metrics.summary import RunSummary, summary_lines
 if TYPE_CHECKING:
     import torch
 
+    from trainer.arrival import Arrival
+
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Unlogged:
+    """A step whose numbers are on their way; what the host knew when it launched the step."""
+
+    step: int
+    numbers: Arrival
+    lr: float
+    tokens_seen: int
+    window: Window
+    memory: MemoryReading
 
 
 class MetricsLogger:
@@ -112,6 +128,7 @@ class MetricsLogger:
             resume_step=resume_step,
             run_config=run_config,
         )
+        self._unlogged: _Unlogged | None = None
         self._peak_memory = (0.0, 0.0)
         self._final_loss: tuple[int, float] | None = None
         self._validation_loss: float | None = None
@@ -129,6 +146,7 @@ class MetricsLogger:
 
     def excluded(self, name: str) -> AbstractContextManager[None]:
         """Around work that is not training, outside tps: "validation", "checkpoint", "profiling", ..."""
+        self.settle()
         return self.meter.excluded(name)
 
     def count_step(self, tokens: int) -> None:
@@ -159,51 +177,35 @@ class MetricsLogger:
             lr: The learning rate of this step.
             tokens_seen: Tokens that the model has seen, over all devices and since the run's very start.
         """
-        rates = self.meter.read()
-        memory = self.memory.read()
-        self._final_loss = (step, loss)
-        self._note_memory(memory.reserved_gib, memory.reserved_percent)
-        self._emit(
-            format_step_line(
-                step=step,
-                loss=loss,
-                grad_norm=grad_norm,
-                memory_gib=memory.reserved_gib,
-                memory_percent=memory.reserved_percent,
-                tps=rates.tps,
-                tflops=rates.tflops,
-                mfu=rates.mfu,
-                color=self._color,
-            )
-        )
-        if hint := self._progress.hint(step, color=self._color):
-            self._emit(hint)
-        outside = rates.phase_seconds
-        self._write(
-            step,
-            {
-                "loss": loss,
-                "max_loss": max_loss,
-                "grad_norm": grad_norm,
-                "lr": lr,
-                "tps": round(rates.tps, 2),
-                "tflops": round(rates.tflops, 4),
-                "mfu": None if rates.mfu is None else round(rates.mfu, 4),
-                "memory_gib": round(memory.reserved_gib, 4),
-                "memory_percent": round(memory.reserved_percent, 4),
-                "memory_active_gib": round(memory.active_gib, 4),
-                "memory_active_percent": round(memory.active_percent, 4),
-                "memory_alloc_retries": memory.alloc_retries,
-                "memory_ooms": memory.ooms,
-                "tokens": tokens_seen,
-                "time_end_to_end": round(rates.end_to_end_seconds_per_step, 6),
-                "time_data_loading": round(rates.data_loading_seconds_per_step, 6),
-                "time_data_loading_percent": round(rates.data_loading_percent, 4),
-                "time_compile": round(outside.get(COMPILE, 0.0), 6),
-                "time_validation": round(outside.get(VALIDATION, 0.0), 6),
-                "time_checkpoint": round(outside.get(CHECKPOINT, 0.0), 6),
-            },
-        )
+        rates, memory = self.meter.read(), self.memory.read()
+        numbers = {"loss": loss, "max_loss": max_loss, "grad_norm": grad_norm, "lr": lr}
+        self._log(step, rates, memory, numbers, tokens_seen)
+
+    def log_arrival(self, step: int, numbers: Arrival, *, lr: float, tokens_seen: int) -> None:
+        """`log_step` of a step that the device may still be busy with: the line follows with `settle`.
+
+        The first line is waited for, so that it is there before a second step compiles anything.
+
+        Args:
+            step: Step of the optimizer, from 1.
+            numbers: (3,): `loss`, `max_loss` and `grad_norm` as for `log_step`.
+            lr: The learning rate of this step.
+            tokens_seen: As for `log_step`.
+        """
+        self.settle()
+        is_first = self.meter.is_warming_up
+        window, memory = self.meter.close_window(), self.memory.read()
+        self._unlogged = _Unlogged(step, numbers, lr, tokens_seen, window, memory)
+        if is_first or numbers.is_here:
+            self.settle()
+
+    def settle(self) -> None:
+        """Log what `log_arrival` left: when the next step's work is queued, or nothing follows."""
+        left, self._unlogged = self._unlogged, None
+        if left is not None:
+            names = ("loss", "max_loss", "grad_norm")
+            numbers = dict(zip(names, left.numbers.wait().tolist(), strict=True), lr=left.lr)
+            self._log(left.step, self.meter.read(left.window), left.memory, numbers, left.tokens_seen)
 
     def log_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write scalars of their own, on a step that may have no step line."""
@@ -220,6 +222,7 @@ class MetricsLogger:
 
     def summary(self, step: int, *, tokens_seen: int) -> RunSummary:
         """What this process did up to `step`."""
+        self.settle()
         throughput = self.meter.mean_after_warmup()
         memory = self.memory.read()
         self._note_memory(memory.reserved_gib, memory.reserved_percent)
@@ -247,10 +250,62 @@ class MetricsLogger:
 
     def close(self) -> None:
         """Close the sinks; on the way out of a failed run. A second call does nothing."""
+        with suppress(RuntimeError):  # a device that failed has no numbers to give, and may hang
+            if self._unlogged is not None and self._unlogged.numbers.is_here:
+                self.settle()
         self.meter.stop()
         sinks, self._sinks = self._sinks, []
         for sink in sinks:
             sink.close()
+
+    def _log(
+        self,
+        step: int,
+        rates: Throughput,
+        memory: MemoryReading,
+        numbers: Mapping[str, float],
+        tokens_seen: int,
+    ) -> None:
+        self._final_loss = (step, numbers["loss"])
+        self._note_memory(memory.reserved_gib, memory.reserved_percent)
+        self._emit(
+            format_step_line(
+                step=step,
+                loss=numbers["loss"],
+                grad_norm=numbers["grad_norm"],
+                memory_gib=memory.reserved_gib,
+                memory_percent=memory.reserved_percent,
+                tps=rates.tps,
+                tflops=rates.tflops,
+                mfu=rates.mfu,
+                color=self._color,
+            )
+        )
+        if hint := self._progress.hint(step, color=self._color):
+            self._emit(hint)
+        outside = rates.phase_seconds
+        self._write(
+            step,
+            {
+                **numbers,
+                "tps": round(rates.tps, 2),
+                "tflops": round(rates.tflops, 4),
+                "mfu": None if rates.mfu is None else round(rates.mfu, 4),
+                "memory_gib": round(memory.reserved_gib, 4),
+                "memory_percent": round(memory.reserved_percent, 4),
+                "memory_active_gib": round(memory.active_gib, 4),
+                "memory_active_percent": round(memory.active_percent, 4),
+                "memory_alloc_retries": memory.alloc_retries,
+                "memory_ooms": memory.ooms,
+                "tokens": tokens_seen,
+                "time_end_to_end": round(rates.end_to_end_seconds_per_step, 6),
+                "time_data_loading": round(rates.data_loading_seconds_per_step, 6),
+                "time_data_loading_percent": round(rates.data_loading_percent, 4),
+                "time_compile": round(outside.get(COMPILE, 0.0), 6),
+                "time_validation": round(outside.get(VALIDATION, 0.0), 6),
+                "time_checkpoint": round(outside.get(CHECKPOINT, 0.0), 6),
+            },
+        )
 
     def _write(self, step: int, scalars: Mapping[str, float | int | None]) -> None:
         for sink in self._sinks:

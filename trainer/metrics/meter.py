@@ -112,6 +112,16 @@ class Throughput:
     """Seconds by phase since the reading before, those outside `elapsed_seconds` included."""
 
 
+@dataclass(frozen=True)
+class Window:
+    """What was counted up to a step whose time is not known yet."""
+
+    steps: int
+    tokens: int
+    total_steps: int
+    total_tokens: int
+
+
 class ThroughputMeter:
     """Counts tokens and time, and makes rates of them.
 
@@ -188,22 +198,37 @@ class ThroughputMeter:
         self._window_steps += 1
         self._window_tokens += tokens
 
-    def read(self) -> Throughput:
-        """Rates since the last reading; the next reading starts here."""
-        self._synchronize()
+    def close_window(self) -> Window:
+        """Begin to count for the next reading; this one's is taken by ``read(window)`` when its work is done.
+
+        A host that is ahead of its device need not wait for that here: it counts the steps that follow, and
+        reads when it learns that the device has come this far.
+        """
+        window = Window(self._window_steps, self._window_tokens, self.total_steps, self.total_tokens)
+        self._window_steps = self._window_tokens = 0
+        return window
+
+    def read(self, closed: Window | None = None) -> Throughput:
+        """Rates since the last reading; the next reading starts here.
+
+        Args:
+            closed: Its steps are done now. None: those up to here, which the device is waited for.
+        """
+        if closed is None:
+            self._synchronize()
+            closed = self.close_window()
         now = self.phases.seconds()
         window = {name: seconds - self._at_last_read.get(name, 0.0) for name, seconds in now.items()}
         elapsed = _elapsed(window)
         data_loading = window.get(DATA_LOADING, 0.0)
-        steps, tokens = self._window_steps, self._window_tokens
-        tps, tflops, mfu = self._rates(tokens, elapsed)
-        self._window_steps = self._window_tokens = 0
+        steps = closed.steps
+        tps, tflops, mfu = self._rates(closed.tokens, elapsed)
         self._at_last_read = now
         if self._warmup is None:
-            self._warmup = (self.total_steps, self.total_tokens, _elapsed(now))
+            self._warmup = (closed.total_steps, closed.total_tokens, _elapsed(now))
         return Throughput(
             steps=steps,
-            tokens=tokens,
+            tokens=closed.tokens,
             elapsed_seconds=elapsed,
             tps=tps,
             tflops=tflops,
@@ -213,6 +238,11 @@ class ThroughputMeter:
             data_loading_percent=100 * data_loading / elapsed if elapsed > 0 else 0.0,
             phase_seconds=window,
         )
+
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether nothing has been read yet."""
+        return self._warmup is None
 
     def mean_after_warmup(self) -> Throughput | None:
         """Rates over all steps after the first reading; None where there are none."""

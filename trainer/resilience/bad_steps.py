@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from trainer.arrival import Arrival
 from trainer.checkpoint.state import clean_fqn
 from trainer.optim.clipping import GradNorms
 from trainer.resilience.config import ResilienceConfig
@@ -54,10 +55,8 @@ class _Pending:
 
     step: int
     batch: str
-    values: Tensor
-    """bad, loss, norm, mean before: fp64 (4,), on the host."""
-    ready: Any
-    """CUDA event after the copy; None on a CPU."""
+    values: Arrival
+    """bad, loss, norm, mean before: fp64 (4,)."""
     norms: GradNorms
     names: Sequence[str]
     """Of the parameters that had gradients."""
@@ -130,8 +129,9 @@ class BadSteps:
         names = [clean_fqn(name) for name, parameter in parameters if parameter.grad is not None]
         values = self._judge(loss, norm)
         gated_step(optimizer, values[0].float(), grad_scale)
-        self._pending = self._on_its_way(values, step, batch, norms, names)
-        if self._pending.ready is None:
+        outputs, self._outputs = self._outputs, {}
+        self._pending = _Pending(step, batch, Arrival(values), norms, names, outputs)
+        if values.device.type == "cpu":
             self.settle()
 
     def settle(self) -> None:
@@ -143,9 +143,7 @@ class BadSteps:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        if pending.ready is not None:
-            pending.ready.synchronize()
-        if not pending.values[0]:
+        if not pending.values.wait()[0]:
             self.in_a_row = 0
             return
         self.skipped += 1
@@ -193,20 +191,8 @@ class BadSteps:
             self._mean = torch.where(bad > 0, self._mean, torch.stack([moved, count]))
         return torch.stack([bad, total, norm, mean])
 
-    def _on_its_way(
-        self, values: Tensor, step: int, batch: str, norms: GradNorms, names: Sequence[str]
-    ) -> _Pending:
-        outputs, self._outputs = self._outputs, {}
-        if values.device.type != "cuda":
-            return _Pending(step, batch, values, None, norms, names, outputs)
-        host = torch.empty_like(values, device="cpu", pin_memory=True)
-        host.copy_(values, non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record()
-        return _Pending(step, batch, host, ready, norms, names, outputs)
-
     def _describe(self, pending: _Pending) -> str:
-        _, loss, norm, mean = pending.values.tolist()
+        _, loss, norm, mean = pending.values.wait().tolist()
         counts = f"{self.skipped} skipped so far, {self.in_a_row} in a row"
         where = self._where(pending)
         if where is None:
@@ -230,7 +216,7 @@ class BadSteps:
         if block is not None:
             return f"the output of {block} was the first that is not finite"
         if not bad_anywhere:
-            return None if pending.values[2].isfinite() else "every gradient is finite by itself"
+            return None if pending.values.wait()[2].isfinite() else "every gradient is finite by itself"
         culprit = max(bad_anywhere, key=order.index)
         if len(bad_anywhere) == len(order):
             return f"all {len(order)} gradients are not finite, from {culprit} on: so was the loss"

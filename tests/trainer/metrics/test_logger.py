@@ -5,7 +5,9 @@ import sys
 
 import psutil
 import pytest
+import torch
 
+from trainer.arrival import Arrival
 from trainer.metrics.config import (
     MetricsConfig,
     ProfilingConfig,
@@ -63,6 +65,63 @@ def test_scalars_of_a_converter_are_written_on_any_step(tmp_path):
     metrics.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{"step": 3, "float8/wq": 2.0}]
+
+
+class Late(Arrival):
+    """Numbers of a device that is `seconds` behind its host; a CPU's are never late."""
+
+    def __init__(self, numbers, clock, seconds):
+        super().__init__(torch.tensor(numbers, dtype=torch.float64))
+        self.clock, self.there = clock, clock.now + seconds
+
+    @property
+    def is_here(self):
+        return self.clock.now >= self.there
+
+    def wait(self):
+        self.clock.now = max(self.clock.now, self.there)
+        return super().wait()
+
+
+def test_a_host_that_is_ahead_logs_a_step_when_it_is_done(tmp_path):
+    clock, lines = Clock(), []
+    metrics = make_logger(tmp_path, clock, lines, config=MetricsConfig(log_freq=2, peak_tflops=989))
+    metrics.start()
+    for step in range(1, 7):
+        clock.now += 0.25  # what launching takes; the device takes a second
+        before = len(lines)
+        metrics.settle()
+        assert len(lines) - before == (step in (3, 5))
+        metrics.count_step(7034)
+        if metrics.should_log(step):
+            numbers = Late([step, 2 * step, 0.5], clock, step - clock.now)
+            metrics.log_arrival(step, numbers, lr=1e-3, tokens_seen=step * 7034)
+            assert lines[-1].startswith("step:  1 ") == (step in (1, 2)), lines
+    summary = metrics.finish(6, tokens_seen=6 * 7034)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 4, 6]
+    assert [row["max_loss"] for row in rows] == [2, 4, 8, 12]
+    # Each line has its own steps' tokens over the time that the device took, whatever the host had counted.
+    assert [row["tps"] for row in rows] == [7034] * 4
+    assert [row["time_end_to_end"] for row in rows] == [1] * 4
+    assert (summary.final_loss, summary.throughput.steps, summary.throughput.tps) == (6, 5, 7034)
+
+
+def test_what_follows_a_step_waits_for_its_line(tmp_path):
+    clock, lines = Clock(), []
+    metrics = make_logger(tmp_path, clock, lines)
+    for step in (1, 5):
+        metrics.count_step(7034)
+        metrics.log_arrival(step, Late([1, 1, 1], clock, 2.0), lr=1e-3, tokens_seen=step)
+    assert len(lines) == 1
+    with metrics.excluded("validation"):
+        assert lines[1].startswith("step:  5")
+        clock.now += 1
+    assert metrics.meter.phases.seconds() == {"training": 4, "validation": 1}
+    metrics.count_step(7034)
+    metrics.log_arrival(10, Late([1, 1, 1], clock, 2.0), lr=1e-3, tokens_seen=10)
+    metrics.close()  # as a failed run does: it does not wait for a device that may hang
+    assert len(lines) == 2
 
 
 def test_a_run_from_first_step_to_summary(tmp_path):
