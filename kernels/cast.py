@@ -10,6 +10,7 @@ scale for all of t, or with one per row for t8 and one per column for t8ᵀ:
     cast_each_into          2 + 1, of many tensors in one launch                     27
     cast_both               2 + 1 + 1                                                29
     scale_and_cast_both     2 + 2 + 1 + 1, less what L2 holds of the second 2        35
+      with an amax          2 + 1 + 1                                                29
     cast_transposed         2 + 1                                                    29
     transpose_float8        1 + 1                                                    2, uncoalesced
     cast_rows               2 + 1; rows of more than 32,768 elements 2 + 2 + 1       33
@@ -49,9 +50,11 @@ def cast_both_reference(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[T
     return x8, _transposed(x8)
 
 
-def scale_and_cast_both_reference(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both layouts with the scale of x's own amax; that scale and its inverse, fp32 scalars."""
-    scale = scale_from_amax(compute_amax(x), dtype)
+def scale_and_cast_both_reference(
+    x: Tensor, dtype: torch.dtype, amax: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both layouts, the scale of `amax` (x's own unless given) and its inverse, fp32 scalars."""
+    scale = scale_from_amax(compute_amax(x) if amax is None else amax, dtype)
     return *cast_both_reference(x, scale, dtype), scale, inverse_scale(scale)
 
 
@@ -190,20 +193,23 @@ def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @operator("scale_and_cast_both")
-def scale_and_cast_both(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `scale_and_cast_both_reference`.
+def scale_and_cast_both(
+    x: Tensor, dtype: torch.dtype, amax: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `scale_and_cast_both_reference`; `amax` is an fp32 scalar.
 
-    One operator, so that the cast follows the amax at once and finds in L2 what that has left there.
+    One operator, so that the cast follows the amax at once and finds in L2 what that has left there. Where
+    the amax is at hand it saves the kernel that would make a scale of it.
     """
     if _launches(x, dtype):
         from kernels.triton import cast
 
-        return cast.scale_and_cast_both(x, dtype)
-    return scale_and_cast_both_reference(x, dtype)
+        return cast.scale_and_cast_both(x, dtype, amax)
+    return scale_and_cast_both_reference(x, dtype, amax)
 
 
 @scale_and_cast_both.register_fake
-def _(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, dtype: torch.dtype, amax: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scale, inverse = (x.new_empty((), dtype=torch.float32) for _ in range(2))
     return (
         x.new_empty(x.shape, dtype=dtype),

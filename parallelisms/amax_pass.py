@@ -83,6 +83,22 @@ def measured_by(amax: Node) -> Node | None:
     return t if isinstance(t, Node) else None
 
 
+def given(amax: object) -> Node | None:
+    """The fp32 scalar that `amax` is, where this pass has a kernel give it."""
+    if not isinstance(amax, Node) or amax.target is not torch.ops.prims.convert_element_type.default:
+        return None
+    one = amax.args[0]
+    if not isinstance(one, Node) or one.target is not _aten.select.int:
+        return None
+    amaxes = one.args[0]
+    if not isinstance(amaxes, Node) or amaxes.target is not operator.getitem:
+        return None
+    producer, result = amaxes.args
+    if not isinstance(producer, Node) or producer.target not in _MEASURED:
+        return None
+    return one if result == len(producer.meta["val"]) - 1 else None
+
+
 def _producer_of(amax: Node) -> tuple[Node, int] | None:
     """(the kernel, which of its amaxes) that gives what `amax` computes."""
     t = measured_by(amax)

@@ -2,7 +2,7 @@
 
 First `parallelisms.addition_pass`, which has norms' kernels add; then `parallelisms.amax_pass`, which takes
 amaxes from the kernels that make tensors; then `parallelisms.scale_pass`, which has those that are left over
-taken with the cast.
+taken with the cast, and all scales made there.
 """
 
 from __future__ import annotations

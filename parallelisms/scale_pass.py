@@ -5,14 +5,21 @@ A float8 linear with dynamic scales and Triton's casts takes a tensor's amax, ma
     scale = to_fp32(448 / max(to_fp64(amax(abs(t))), 1e-12))
     x8, x8t = cast_both(t, scale, e4m3)                       inverse = to_fp32(1 / to_fp64(scale))
 
-Where an op made t that the compiler can fuse with (a norm, an addition, SwiGLU), it takes the amax in that
-op's kernel, and the pass leaves it alone. Where nothing can be fused with t, because it came from outside the
-graph or a GEMM, attention, a collective or a kernel of `kernels` made it, the amax reads all of t, a small
-kernel makes the scales, and other kernels may run before the cast reads t again. There it becomes
+Where an op made t that the compiler can fuse with (an addition, a product), it takes the amax in that op's
+kernel, makes the scale in a second one that it needs anyway, and the pass leaves both alone. Where nothing
+can be fused with t, because it came from outside the graph or a GEMM, attention, a collective or a kernel of
+`kernels` made it, the amax reads all of t, a small kernel makes the scales, and other kernels may run before
+the cast reads t again. There it becomes
 
     x8, x8t, scale, inverse = scale_and_cast_both(t, e4m3)
 
-to the same bits: `kernels.triton.amax` says what that saves. Only amaxes that feed `cast_both` are touched,
+to the same bits: `kernels.triton.amax` says what that saves. And where a kernel of ours has given the amax
+with t (`parallelisms.amax_pass`), the kernel that makes the scale is one of some us for two numbers, between
+two that wait for each other, 256 of them a step of Llama 3 8B: there it becomes
+
+    x8, x8t, scale, inverse = scale_and_cast_both(t, e4m3, amax)
+
+Only amaxes that feed `cast_both` are touched,
 so a model on PyTorch's casts, or on another library's, compiles as it would without the pass. So do scales
 that are rounded to powers of two, recorded (delayed scaling), reduced over ranks, or of two formats.
 
@@ -33,7 +40,7 @@ from torch.fx import Graph, Node
 
 from kernels import cast  # noqa: F401  (it defines the operators)
 from kernels.scaling import MIN_AMAX, float8_max
-from parallelisms.amax_pass import SAME_ELEMENTS, measured_by
+from parallelisms.amax_pass import SAME_ELEMENTS, given, measured_by
 
 _aten, _octavo = torch.ops.aten, torch.ops.octavo
 _convert = torch.ops.prims.convert_element_type.default
@@ -57,6 +64,8 @@ class Found(NamedTuple):
     inverses: list[Node]
     steps: list[Node]
     """All that is not needed any more, users first."""
+    amax: Node | None
+    """The scale's, an fp32 scalar, where it is at hand."""
 
 
 class ScaleWithCast(CustomGraphPass):
@@ -77,7 +86,7 @@ class ScaleWithCast(CustomGraphPass):
 
 
 def _scale_of(cast_both: Node) -> Found | None:
-    """What makes the scale of `cast_both`, if that is its own tensor's and the amax a pass of its own."""
+    """What makes the scale of `cast_both`, if the amax is given, or t's own and a pass over it."""
     t, scale, dtype = cast_both.args
     quotient = _argument(scale, _convert, torch.float32)
     if quotient is None or quotient.target is not _aten.div.Tensor or quotient.kwargs:
@@ -85,18 +94,23 @@ def _scale_of(cast_both: Node) -> Found | None:
     largest, clamped = quotient.args
     wide = _argument(clamped, _aten.clamp_min.default, MIN_AMAX)
     amax = _argument(wide, _convert, torch.float64)
-    measured = None if amax is None else measured_by(amax)
-    if amax is None or measured is None or not _is_full(largest, float8_max(dtype)):
+    if amax is None or not _is_full(largest, float8_max(dtype)):
         return None
-    base = _base(measured)
-    if base is not _base(t) or not _stands_alone(base):
+    at_hand = given(amax) if t.meta["val"].itemsize == 2 else None
+    if at_hand is None and not _stands_alone_with(t, amax):
         return None
-    chain = [quotient, clamped, wide, amax, amax.args[0]]
+    chain = [quotient, clamped, wide, amax] if at_hand else [quotient, clamped, wide, amax, amax.args[0]]
     if any(len(node.users) != 1 for node in chain):
         return None
     inverses = list(_inverses_of(scale))
     steps = [node for steps in inverses for node in steps]
-    return Found(scale, [steps[0] for steps in inverses], [*steps, scale, *chain, largest])
+    return Found(scale, [steps[0] for steps in inverses], [*steps, scale, *chain, largest], at_hand)
+
+
+def _stands_alone_with(t: Any, amax: Node) -> bool:
+    """Whether `amax` is that of all of t, and has to read it."""
+    measured = measured_by(amax)
+    return measured is not None and _base(measured) is _base(t) and _stands_alone(_base(t))
 
 
 def _inverses_of(scale: Node) -> Iterator[tuple[Node, Node, Node]]:
@@ -154,16 +168,17 @@ def _replace(graph: Graph, cast_both: Node, found: Found) -> None:
     t, scale, dtype = cast_both.args
     scalar = scale.meta["val"]
     with graph.inserting_before(cast_both):
-        both = graph.call_function(_octavo.scale_and_cast_both.default, (t, dtype))
+        arguments = (t, dtype) if found.amax is None else (t, dtype, found.amax)
+        both = graph.call_function(_octavo.scale_and_cast_both.default, arguments)
         both.meta["val"] = (*cast_both.meta["val"], scalar, scalar.clone())
-        given = [graph.call_function(operator.getitem, (both, place)) for place in (2, 3)]
-    for node, value in zip(given, both.meta["val"][2:], strict=True):
+        scalars = [graph.call_function(operator.getitem, (both, place)) for place in (2, 3)]
+    for node, value in zip(scalars, both.meta["val"][2:], strict=True):
         node.meta["val"] = value
     cast_both.replace_all_uses_with(both)
     graph.erase_node(cast_both)
-    scale.replace_all_uses_with(given[0])
+    scale.replace_all_uses_with(scalars[0])
     for inverse in found.inverses:
-        inverse.replace_all_uses_with(given[1])
-    for node in (*found.steps, *given):
+        inverse.replace_all_uses_with(scalars[1])
+    for node in (*found.steps, *scalars):
         if not node.users:
             graph.erase_node(node)

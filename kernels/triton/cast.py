@@ -7,7 +7,7 @@ written: 0.162 ms, 2.9 TB/s.
 
 - `cast_kernel`: elementwise.
 - `cast_tiles_kernel`: a tile in, its float8 form out twice, the second time turned through shared memory.
-- `scale_and_cast_tiles_kernel`: the same, with the one scale made of the parts' amaxes on the way.
+- `scale_and_cast_tiles_kernel`: the same, with the one scale made on the way, of an amax or of its parts'.
 - `transpose_kernel`: what its name says.
 
 The last elements are cast first: they are what an amax before has left in L2.
@@ -30,7 +30,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.scaling import float8_max, inverse_scale, scale_from_amax
-from kernels.triton.amax import amax, amaxes_of_parts
+from kernels.triton.amax import amax as amax_of
+from kernels.triton.amax import amaxes_of_parts
 from kernels.triton.magnitude import magnitude
 from kernels.triton.scale import inverse_of, scale_of
 
@@ -187,14 +188,17 @@ def cast_both(
 
 
 def scale_and_cast_both(
-    x: Tensor, dtype: torch.dtype, stored_as: torch.dtype | None = None
+    x: Tensor,
+    dtype: torch.dtype,
+    amax: Tensor | None = None,
+    stored_as: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x8 (M, K), x8ᵀ (K, M), their scale and its inverse, fp32 scalars."""
+    """x8 (M, K), x8ᵀ (K, M), their scale and its inverse, fp32 scalars; `amax` is x's unless given."""
     x = x.contiguous()
     if not turns_before_casting(x):
-        scale = scale_from_amax(amax(x), dtype)
+        scale = scale_from_amax(amax_of(x) if amax is None else amax, dtype)
         return *cast_both(x, scale, dtype, stored_as), scale, inverse_scale(scale)
-    amaxes = amaxes_of_parts(x)
+    amaxes = amaxes_of_parts(x) if amax is None else amax
     rows = torch.empty(x.shape, dtype=stored_as or dtype, device=x.device)
     columns = torch.empty((x.shape[1], x.shape[0]), dtype=stored_as or dtype, device=x.device)
     scale, inverse = (torch.empty((), dtype=torch.float32, device=x.device) for _ in range(2))

@@ -181,6 +181,7 @@ def test_a_scale_made_by_the_cast(size: tuple[int, int], dtype: torch.dtype) -> 
         want = cast.scale_and_cast_both_reference(x, E5M2)
         for _ in range(2):
             assert all_same(cast.scale_and_cast_both(x, E5M2), want)
+        assert all_same(cast.scale_and_cast_both(x, E5M2, x.abs().amax().float()), want)
 
 
 @pytest.mark.parametrize("bad", [0.0, 2.0**-133, 1e-13, math.inf, -math.nan])

@@ -63,15 +63,29 @@ def test_a_linear_alone_has_no_scales_beside_its_casts(compiled_graphs):
         assert count(graph, *SCALES, octavo.cast_both.default) == 0
 
 
-def test_a_block_keeps_the_amaxes_that_are_fused():
-    """What norms, SwiGLU, rope and additions make is measured there.
+PLAIN = (3, 8), (5, 2)
+"""What norms, SwiGLU, rope and additions make is measured there.
 
-    Left in forward: inputs of wq, wk and wv, of w1 and w3, and of w2. Left in backward: the gradients of what
-    w3, w1, wo, wk and wq put out. With their casts: seven weights and attention's output; the gradients of
-    what the block (w2) and wv put out.
-    """
+Left in forward: inputs of wq, wk and wv, of w1 and w3, and of w2. Left in backward: the gradients of what
+w3, w1, wo, wk and wq put out. With their casts: seven weights and attention's output; the gradients of
+what the block (w2) and wv put out.
+"""
+FUSED = (0, 11), (2, 5)
+"""Kernels give the amaxes of those three, and of the gradients of what w3, w1 and wo put out."""
+
+
+@pytest.mark.parametrize(("kernels", "counts"), [("torch", PLAIN), ("fused", FUSED)])
+def test_a_block_keeps_the_amaxes_that_are_fused(kernels, counts):
     config = Llama3Config(
-        dim=64, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=64, max_seq_len=32, rope_scaling=False
+        dim=64,
+        n_layers=1,
+        n_heads=4,
+        n_kv_heads=2,
+        vocab_size=64,
+        max_seq_len=32,
+        rope_scaling=False,
+        norm_kernel=kernels,
+        swiglu_kernel=kernels,
     )
     model = MODELS["llama3"].build(config)
     torch.manual_seed(0)
@@ -101,7 +115,7 @@ def test_a_block_keeps_the_amaxes_that_are_fused():
         h = block(h)
     h.float().square().mean().backward()
     found = [(count(graph, aten.amax.default), together(graph)) for graph in graphs]
-    assert found == [(3, 8), (5, 2)]
+    assert found == list(counts)
 
 
 def together(graph):
@@ -201,3 +215,31 @@ def test_the_same_bits_and_metadata(maker, worst):
     assert count(gm.graph, *SCALES, octavo.cast_both.default) == 0
     for mine, theirs in zip(Checked(gm).run(*inputs), want, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("worst", [1.0, float("inf"), float("nan")])
+def test_a_scale_of_an_amax_that_a_kernel_gave(worst):
+    """The same bits; with elements of 4 bytes, which are cast elsewhere, it stays where it is."""
+
+    def function(x, w):
+        t = octavo.silu_mul.default(x, w, False)[0]
+        _, scale = scaled(t.view(3, 12))
+        made = both(t.view(6, 6), scale)
+        return *(part.float() for part in made), scale, inverse_scale(scale)
+
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 6, 6).bfloat16()
+    inputs[0, 1, 2] = worst
+    gm = graph_of(function, *inputs)
+    want = gm(*inputs)
+    GRAPH_PASSES(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    assert together(gm.graph) == 1
+    assert count(gm.graph, *SCALES, octavo.cast_both.default) == 0
+    for mine, theirs in zip(Checked(gm).run(*inputs), want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+    wide = graph_of(function, *inputs.float())
+    GRAPH_PASSES(wide.graph)
+    assert (together(wide.graph), count(wide.graph, octavo.cast_both.default)) == (0, 1)
