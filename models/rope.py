@@ -9,7 +9,8 @@ Components 2i and 2i+1 of a head at position p are one point of the plane, turne
 This is the pairing of Meta's checkpoints. Hugging Face pairs i with i + Dh/2 instead, which permutes
 rows of wq and wk (`models/llama3/huggingface.py`).
 
-No complex numbers: real tables fuse in the compiler and work where tensors are sharded.
+No complex numbers: real tables fuse in the compiler and work where tensors are sharded. `kernels/rope.py`
+turns the pairs, by PyTorch's operations or in one kernel each way.
 
 Legend: B sequences, S positions, H heads, Dh head width.
 """
@@ -22,6 +23,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from kernels.rope import rotate, rotate_pairs
 
 
 @dataclass(frozen=True)
@@ -51,31 +54,33 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     return kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs of x: (B, S, H, Dh), with cosines and sines that broadcast to (B, S, H, Dh/2)."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).type_as(x)
-
-
 class RotaryEmbedding(nn.Module):
     """Turns queries and keys by their positions, from fp32 tables that are never in a checkpoint.
 
     One instance is shared by all blocks of a model (a submodule of each), so the tables exist once
     and blocks take no floating-point argument that FSDP's mixed precision would cast to bf16. The
     tables are a function of the settings: whatever moves, casts or re-allocates the module, they are
-    built anew on its device, in fp32.
+    built anew on its device, in fp32. `fused` turns pairs in one kernel, to the values that PyTorch's
+    operations give one by one.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, head_dim: int, max_seq_len: int, theta: float, scaling: RopeScaling | None = None):
+    def __init__(
+        self,
+        head_dim: int,
+        max_seq_len: int,
+        theta: float,
+        scaling: RopeScaling | None = None,
+        fused: bool = False,
+    ):
         super().__init__()
         self.head_dim = head_dim
         self.max_seq_len = max_seq_len
         self.theta = theta
         self.scaling = scaling
+        self.fused = fused
         self._positions: Tensor | None = None
         self._fill(torch.get_default_device())
 
@@ -105,12 +110,14 @@ class RotaryEmbedding(nn.Module):
             raise ValueError(
                 f"the RoPE table has {rows} positions, the input {length}; max_seq_len sets them"
             )
+        if self.fused:
+            return rotate_pairs(x, self.cos, self.sin, False, False)[0]
         return rotate(x, self.cos[:length, None, :], self.sin[:length, None, :])
 
     def extra_repr(self) -> str:
         """Settings, for `print(model)`."""
         sizes = f"head_dim={self.head_dim}, max_seq_len={self.max_seq_len}"
-        return f"{sizes}, theta={self.theta:g}, scaling={self.scaling}"
+        return f"{sizes}, theta={self.theta:g}, scaling={self.scaling}, fused={self.fused}"
 
     def _fill(self, device: torch.device) -> None:
         if device.type == "meta":

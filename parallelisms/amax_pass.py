@@ -26,7 +26,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-from kernels import rms_norm, swiglu  # noqa: F401  (they define the operators)
+from kernels import rms_norm, rope, swiglu  # noqa: F401  (they define the operators)
 
 _aten, _octavo = torch.ops.aten, torch.ops.octavo
 
@@ -35,6 +35,7 @@ _MEASURED: dict[object, tuple[int, ...]] = {
     _octavo.silu_mul_backward.default: (0, 1),
     _octavo.rms_norm.default: (1,),
     _octavo.rms_norm_backward.default: (0,),
+    _octavo.rotate_pairs.default: (0,),
 }
 """Operator -> those of its results whose amaxes it gives, in this order, as its last result: fp32, and empty
 unless its last argument is True."""

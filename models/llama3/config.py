@@ -62,6 +62,8 @@ class Llama3Config:
     """The feed-forward's product: PyTorch's operations, or one kernel that keeps nothing but its inputs."""
     norm_kernel: Literal["torch", "fused"] = "torch"
     """RMSNorm: PyTorch's, or a kernel that also adds to the residual stream. Not with tensor parallelism."""
+    rope_kernel: Literal["torch", "fused"] = "torch"
+    """Rotary embedding of queries and keys: PyTorch's operations, or one kernel each way, to the same values."""
 
     @property
     def head_dim(self) -> int:

@@ -202,7 +202,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> Llama3Config:
 def overrides(config: Llama3Config, flavor: Llama3Config) -> dict[str, Any]:
     """Fields of `config` to set on `flavor` so that it becomes the same model; idle ones are left out."""
     idle = {"max_seq_len", "attn_mask_type", "multiple_of", "ffn_dim_multiplier"}
-    idle |= {"attn_backend", "swiglu_kernel", "norm_kernel"}
+    idle |= {"attn_backend", "swiglu_kernel", "norm_kernel", "rope_kernel"}
     if config.hidden_dim == flavor.hidden_dim:
         idle.add("ffn_hidden_dim")
     if not config.rope_scaling:

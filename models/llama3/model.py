@@ -157,7 +157,11 @@ class Llama3(nn.Module):
             original_seq_len=config.rope_original_seq_len,
         )
         self.rope = RotaryEmbedding(
-            config.head_dim, config.max_seq_len, config.rope_theta, scaling if config.rope_scaling else None
+            config.head_dim,
+            config.max_seq_len,
+            config.rope_theta,
+            scaling if config.rope_scaling else None,
+            fused=config.rope_kernel == "fused",
         )
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict(

@@ -30,6 +30,7 @@ def compile_for_hopper(
     *,
     num_warps: int = 4,
     aligned: tuple[str, ...] = (),
+    fp_fusion: bool = True,
 ) -> dict[str, Any]:
     """Compile ``module:kernel`` for compute capability 9.0.
 
@@ -40,6 +41,7 @@ def compile_for_hopper(
         constants: Values of the constexpr arguments.
         num_warps: Warps of a program.
         aligned: Arguments (pointers, sizes) that are multiples of 16, as most are in a run.
+        fp_fusion: Whether it may fuse products with additions (`enable_fp_fusion` of a launch).
 
     Returns:
         registers (a thread), stack (bytes a thread: spills show here), shared (bytes a program), and the
@@ -51,6 +53,7 @@ def compile_for_hopper(
         "constants": constants,
         "num_warps": num_warps,
         "aligned": aligned,
+        "fp_fusion": fp_fusion,
     }
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.hopper"],
@@ -91,7 +94,9 @@ def _main() -> None:
         attrs={(names.index(name),): _DIVISIBLE_BY_16 for name in request["aligned"]},
     )
     compiled = triton.compile(
-        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": request["num_warps"]}
+        source,
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": request["num_warps"], "enable_fp_fusion": request["fp_fusion"]},
     )
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:

@@ -19,7 +19,7 @@ from trainer.config import derived
 _ASIDE = ("job", "metrics", "profiling", "checkpoint", "comm", "memory_estimation", "experimental")
 _MOST = 8
 # How long the RoPE table is, and which kernel computes: the same function.
-_SAME_FUNCTION = ("max_seq_len", "attn_backend", "swiglu_kernel", "norm_kernel")
+_SAME_FUNCTION = ("max_seq_len", "attn_backend", "swiglu_kernel", "norm_kernel", "rope_kernel")
 
 
 def flat_settings(values: Mapping[str, Any]) -> dict[str, Any]:

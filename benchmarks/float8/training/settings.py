@@ -27,6 +27,7 @@ _GATHER = (
 _BEST_TENSORWISE = (
     "--model.overrides.norm_kernel=fused",
     "--model.overrides.swiglu_kernel=fused",
+    "--model.overrides.rope_kernel=fused",
     "--parallelism.fsdp_reshard_after_forward=never",
 )
 """As in train_configs/llama3_8b_float8.toml."""
