@@ -1,4 +1,4 @@
-"""Kernels of loss, norm and SwiGLU on a CUDA GPU: against references, at sizes of 8B and odd ones."""
+"""Kernels of loss, norm, SwiGLU and rotary embedding on a CUDA GPU: against references, at sizes of 8B and odd ones."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from kernels import cross_entropy as ce
 from kernels import rms_norm as norm
-from kernels import swiglu
+from kernels import rope, swiglu
 from trainer.chunked_loss import apply_chunked_loss
 from trainer.data.packing import IGNORED_LABEL
 from trainer.loss import cross_entropy_sum, fused_cross_entropy_sum
@@ -171,6 +171,69 @@ def test_rms_norm(M, D, dtype):
         tolerance = {"rtol": 2**-7, "atol": 1e-3} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
         torch.testing.assert_close(dh, want_dh, **tolerance)
         assert (dw.float() - want_dw.float()).norm() <= 4e-3 * want_dw.float().norm()
+
+
+def tables(rows, head_dim):
+    pairs = torch.arange(head_dim // 2, device="cuda") / head_dim
+    angles = torch.arange(rows, device="cuda", dtype=torch.float32)[:, None] / 500000.0 ** (2 * pairs)
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((1, 8192, 32, 128), 8192),
+        ((1, 8192, 8, 128), 8192),
+        ((1, 4096, 64, 128), 8192),
+        ((2, 1000, 5, 64), 1001),
+        ((3, 77, 1, 96), 77),
+        ((2, 130, 24, 256), 130),
+        ((1, 1, 1, 2), 1),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_rotary_is_the_reference_to_the_bit(shape, rows, dtype, inverse):
+    x, (cos, sin) = normal(*shape, dtype=dtype), tables(rows, shape[3])
+    used = (cos[: shape[1], None], sin[: shape[1], None])
+    want = rope.rotate(x, used[0], -used[1] if inverse else used[1])
+    y, amax = rope.rotate_pairs(x, cos, sin, inverse, True)
+    assert torch.equal(y, want)
+    assert amax.tolist() == [float(y.abs().max())]
+    assert torch.equal(rope.rotate_pairs(x, cos, sin, inverse, False)[0], y)
+    heads_first = x.transpose(1, 2).contiguous().transpose(1, 2)
+    padded = torch.nn.functional.pad(x, (1, 2))[..., 1:-2]  # no head starts at sixteen bytes
+    for same in (heads_first, padded, x.mT.contiguous().mT):
+        assert torch.equal(rope.rotate_pairs(same, cos, sin, inverse, False)[0], y)
+
+
+def test_rotary_gradient_is_autograds_to_the_bit():
+    cos, sin = tables(500, 128)
+    plain, own = (normal(2, 400, 6, 128).requires_grad_() for _ in range(2))
+    grad = normal(2, 6, 400, 128, seed=1).transpose(1, 2)
+    rope.rotate(plain, cos[:400, None], sin[:400, None]).backward(grad)
+    rope.rotate_pairs(own, cos, sin, False, False)[0].backward(grad)
+    assert torch.equal(own.grad, plain.grad)
+
+
+def test_rotary_beyond_two_to_the_31():
+    cos, sin = tables(8192, 128)
+    x = torch.zeros(66, 8192, 32, 128, dtype=torch.bfloat16, device="cuda")  # 2.2 G elements
+    x[-1, -1, -1, -2] = 3.0
+    y, amax = rope.rotate_pairs(x, cos, sin, False, True)
+    want = torch.stack((3 * cos[-1, -1], 3 * sin[-1, -1])).bfloat16()
+    assert torch.equal(y[-1, -1, -1, -2:], want)
+    assert float(amax) == float(want.abs().max())
+    assert int(y.count_nonzero()) == int(want.count_nonzero())
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_rotary_amax_of_what_is_not_finite(bad):
+    x, (cos, sin) = normal(1, 999, 8, 128), tables(999, 128)
+    x[0, 777, 3, 100] = bad
+    y, amax = rope.rotate_pairs(x, cos, sin, True, True)
+    assert int(y.isfinite().logical_not().sum()) == 2
+    assert math.isnan(float(amax)) if math.isnan(bad) else float(amax) == math.inf
 
 
 def test_fused_kernels_run_inside_a_compiled_function():

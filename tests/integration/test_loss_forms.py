@@ -11,7 +11,8 @@ TIED = "--model.overrides.tied_output"
 TP = "--parallelism.tensor_parallel_degree=2"
 HALVED = [*VALIDATE, "--validation.steps=1", "--training.local_batch_size=2"]  # on each of two data ranks
 COMPILED = ["--compile.enable", "--compile.backend=aot_eager"]
-KERNELS = ["--model.overrides.norm_kernel=fused", "--model.overrides.swiglu_kernel=fused"]
+ROTARY = "--model.overrides.rope_kernel=fused"
+KERNELS = ["--model.overrides.norm_kernel=fused", "--model.overrides.swiglu_kernel=fused", ROTARY]
 PER_OP = ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"]
 
 
@@ -37,7 +38,9 @@ def test_every_layout_and_form_of_loss(tmp_path):
         "fsdp_fused": [*HALVED, FUSED],
         "fsdp_kernels": [*HALVED, *KERNELS, *COMPILED, *PER_OP],
         "pp_kernels": [*VALIDATE, *KERNELS, *pp("Interleaved1F1B")],
-        "pp_split_swiglu": [*VALIDATE, KERNELS[1], *pp("ZBVZeroBubble")],
+        "pp_split_kernels": [*VALIDATE, *KERNELS[1:], *pp("ZBVZeroBubble")],
+        "tp_kernels": [*VALIDATE, TP, *KERNELS[1:], *COMPILED],
+        "cp_kernels": [*VALIDATE, "--parallelism.context_parallel_degree=2", *KERNELS],
         "tp": [*VALIDATE, TP, CHUNKS],
         "tp_fused": [*VALIDATE, TP, FUSED],
         "tp_gathered": [*VALIDATE, TP, "--parallelism.disable_loss_parallel", CHUNKS, FUSED],

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from converters.float8 import Float8LinearConfig, convert_to_float8_training
 from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope import rotate_pairs
 from kernels.swiglu import silu_mul
 from parallelisms.activation_checkpoint import apply_activation_checkpoint
 from parallelisms.addition_pass import AdditionsInNorm
@@ -73,6 +74,23 @@ class Block(nn.Module):
         return h + self.w2(silu_mul(self.w1(normed), self.w3(normed)))
 
 
+class Turned(nn.Module):
+    """Queries and keys, multiplied in the place of attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.Parameter(torch.rand(32) + 0.5)
+        self.wq, self.wk = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+        angles = torch.rand(20, 4)
+        self.tables = angles.cos(), angles.sin()
+
+    def forward(self, x):
+        normed = rms_norm(x, self.norm, 1e-5)
+        q, k = (linear(normed).unflatten(-1, (-1, 8)) for linear in (self.wq, self.wk))
+        q, k = (rotate_pairs(t, *self.tables, False, False)[0] for t in (q, k))
+        return x + (q * k).flatten(-2)
+
+
 class Small(nn.Module):
     """Of the above, one linear whose input and whose gradient a kernel makes."""
 
@@ -119,6 +137,19 @@ def test_a_block_trains_with_the_same_bits(recompute):
         assert torch.equal(eager, compiled)
     assert counts[0] == (7, 5)
     assert counts[1:] == [(11, 6) if recompute == "full" else (4, 1)]
+
+
+def test_gradients_of_queries_and_keys_come_with_their_amaxes():
+    """Forward takes those of two weights, and nobody asks for those of what is turned; backward takes none."""
+    model, counts = two_of(Turned), []
+    want = train(model)
+    torch._dynamo.reset()
+    own = backend(counts)
+    for block in model["layers"]:
+        block.compile(backend=own, fullgraph=True)
+    for eager, compiled in zip(want, train(model), strict=True):
+        assert torch.equal(eager, compiled)
+    assert counts == [(3, 2), (2, 0)]
 
 
 def test_inductor_runs_it_once_for_all_blocks_and_caches_the_result(monkeypatch):

@@ -31,7 +31,7 @@ TOKENS, WIDTH = 512, 256
 SIZES = {"dim": WIDTH, "n_heads": 8, "n_kv_heads": 8, "ffn_hidden_dim": 896, "vocab_size": 64, "n_layers": 2}
 
 
-FUSED = {"norm_kernel": "fused", "swiglu_kernel": "fused"}
+FUSED = {"norm_kernel": "fused", "swiglu_kernel": "fused", "rope_kernel": "fused"}
 
 
 def inductors_partition(module, inputs, **options):
@@ -45,8 +45,9 @@ def saved_by_the_block(recompute, recipe, compiled, kernels=None, saved_input=No
     if compiled and recipe and "rowwise" in recipe and not gemm.CPU_HAS_ROW_SCALES:
         pytest.skip("the converter refuses it on a CPU before torch 2.13")
     torch._dynamo.reset()
-    rope = RotaryEmbedding(32, TOKENS, 500000.0)
-    block = TransformerBlock(0, replace(FLAVORS["8B"], **SIZES, **(kernels or {})), rope)
+    config = replace(FLAVORS["8B"], **SIZES, **(kernels or {}))
+    rope = RotaryEmbedding(32, TOKENS, 500000.0, fused=config.rope_kernel == "fused")
+    block = TransformerBlock(0, config, rope)
     model = nn.ModuleDict({"layers": nn.ModuleDict({"0": block})})
     ops = ()
     if recipe:
