@@ -20,7 +20,8 @@ What of these is kept:
   Triton's casts it does not look into. With ``saved_input = "float8"`` those of y, o and a are kept, one of
   each; with ``least`` those of y; otherwise the compiler casts y and a in forward, and o in backward.
   What a fused kernel makes (`norm_kernel`, `swiglu_kernel`) the compiler does not make again: where a float8
-  linear reads it, it keeps the cast of it.
+  linear reads it, it keeps the cast of it. The rotary kernel (`rope_kernel`) changes nothing: attention keeps
+  q and k turned, however they were, and the kernel only the model's tables.
 - ``none``, eager: every tensor that an operation saved: y and a, or where `saved_input` has float8 a cast of
   them for each linear that reads them; and silu's output besides (which the fused kernel does not have).
 - ``full``: x.
