@@ -3,9 +3,9 @@
     y[2i]   = x[2i] cos - x[2i+1] sin            cos and sin of position and pair, shared by the heads
     y[2i+1] = x[2i] sin + x[2i+1] cos
 
-(Su et al. 2021, arXiv 2104.09864, section 3.4.2; `models.rope` makes the tables.) A rotation's gradient is the
-rotation the other way, with -sin for sin: one operator does both. Kept for backward: the tables, which the
-model has anyway. Arithmetic is fp32, every product and sum rounded there, and the result rounded once.
+(Su et al. 2021, arXiv 2104.09864, section 3.4.2; `models.rope` makes the tables.) A rotation's gradient is
+the rotation the other way, with -sin for sin: one operator does both. Kept for backward: the tables, which
+the model has anyway. Arithmetic is fp32, every product and sum rounded there, and the result rounded once.
 
 It can give the largest magnitude of y, after rounding, which a float8 cast with one dynamic scale would
 otherwise read all of it again to find. NaN counts as the largest.

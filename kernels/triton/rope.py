@@ -1,13 +1,15 @@
-"""Rotary embedding of interleaved pairs, either way, in one pass, with the largest magnitude of what is written.
+"""Rotary embedding of interleaved pairs, either way, in one pass, with the amax of what is written.
 
-Bytes an element in bf16: 2 read, 2 written, and no further pass for the amax. The tables are 8 bytes a pair and
-position, which all heads share: one program turns all heads of a position where there are many, so each of its
-threads reads its part of a row once for several heads; where heads are few it takes several positions.
+Bytes an element in bf16: 2 read, 2 written, and no further pass for the amax. The tables are 8 bytes a pair
+and position, which all heads share: one program turns all heads of a position where they are many, so that a
+thread reads its part of a row once for several heads; where they are few it takes several positions.
 
-A thread holds whole pairs, eight neighbouring elements in bf16: they come and go sixteen bytes at a time, and
-neither they nor what is read of the tables pass through shared memory (in fp32 the tables may). For 8192 tokens of Llama3-8B on an H200 (q with 32 heads, k with 8), what
-inductor makes of the reference took 68 us and 18.5 us forward, 111.5 and 30.5 backward with the amax; by these
-bytes at 4.0 TB/s it is 34 and 8.5 each way.
+A thread holds whole pairs, eight neighbouring elements in bf16. They come and go sixteen bytes at a time, and
+neither they nor the tables pass through shared memory (in fp32 the tables may).
+
+For 8192 tokens of Llama3-8B on an H200 (q with 32 heads, k with 8), what inductor makes of the reference took
+68 us and 18.5 us forward, 111.5 and 30.5 backward with the amax. These bytes take 34 and 8.5 each way at 4.0
+TB/s.
 
 Products are not fused with additions (`enable_fp_fusion`): the result is the reference's to the last bit.
 """
@@ -25,8 +27,8 @@ TILE = 4096
 """Elements of a program, at most; a power of two."""
 WARPS = 4
 WIDEST = tl.constexpr(128)
-"""Rows of x up to which a row of the table, half as long and with fewer elements than a program has threads, is
-read where it is needed; the compiler takes a longer one through shared memory."""
+"""Up to here a row of the table, half as long, has fewer elements than a program threads, and each thread
+reads what it needs. A longer one the compiler would take through shared memory."""
 
 
 @triton.jit

@@ -63,7 +63,7 @@ class Llama3Config:
     norm_kernel: Literal["torch", "fused"] = "torch"
     """RMSNorm: PyTorch's, or a kernel that also adds to the residual stream. Not with tensor parallelism."""
     rope_kernel: Literal["torch", "fused"] = "torch"
-    """Rotary embedding of queries and keys: PyTorch's operations, or one kernel each way, to the same values."""
+    """Rotary embedding of queries and keys: PyTorch's operations, or one kernel each way."""
 
     @property
     def head_dim(self) -> int:

@@ -1,4 +1,4 @@
-"""Kernels of loss, norm, SwiGLU and rotary embedding on a CUDA GPU: against references, at sizes of 8B and odd ones."""
+"""Kernels of loss, norm, SwiGLU and RoPE on a CUDA GPU: against references, at sizes of 8B and odd ones."""
 
 import math
 

@@ -140,7 +140,7 @@ def test_a_block_trains_with_the_same_bits(recompute):
 
 
 def test_gradients_of_queries_and_keys_come_with_their_amaxes():
-    """Forward takes those of two weights, and nobody asks for those of what is turned; backward takes none."""
+    """Forward takes those of two weights and nobody asks for those of what is turned; backward none."""
     model, counts = two_of(Turned), []
     want = train(model)
     torch._dynamo.reset()
