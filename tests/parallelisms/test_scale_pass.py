@@ -70,8 +70,8 @@ Left in forward: inputs of wq, wk and wv, of w1 and w3, and of w2. Left in backw
 w3, w1, wo, wk and wq put out. With their casts: seven weights and attention's output; the gradients of
 what the block (w2) and wv put out.
 """
-FUSED = (0, 11), (2, 5)
-"""Kernels give the amaxes of those three, and of the gradients of what w3, w1 and wo put out."""
+FUSED = (0, 11), (0, 7)
+"""Kernels give all of these amaxes, and their scales come with their casts as well."""
 
 
 @pytest.mark.parametrize(("kernels", "counts"), [("torch", PLAIN), ("fused", FUSED)])
@@ -86,6 +86,7 @@ def test_a_block_keeps_the_amaxes_that_are_fused(kernels, counts):
         rope_scaling=False,
         norm_kernel=kernels,
         swiglu_kernel=kernels,
+        rope_kernel=kernels,
     )
     model = MODELS["llama3"].build(config)
     torch.manual_seed(0)
