@@ -8,6 +8,7 @@ scale for all of t, or with one per row for t8 and one per column for t8ᵀ:
     amax                    2                                                        6
     cast_float8             2 + 1                                                    27
     cast_each_into          2 + 1, of many tensors in one launch                     27
+      without a scale       4 + 2, fp32 to bf16                                      4 + 2
     cast_both               2 + 1 + 1                                                29
     scale_and_cast_both     2 + 2 + 1 + 1, less what L2 holds of the second 2        35
       with an amax          2 + 1 + 1                                                29
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from kernels.operators import operator
 from kernels.scaling import cast_to_float8, compute_amax, inverse_scale, scale_from_amax
-from kernels.support import runs_float8_triton
+from kernels.support import runs_float8_triton, runs_triton
 
 _INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 _FORMATS = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -125,22 +126,21 @@ def _(out: Tensor, x: Tensor, scale: Tensor) -> None:
 def cast_each_into(
     outs: list[Tensor], tensors: list[Tensor], scales: list[Tensor], dtype: torch.dtype
 ) -> None:
-    """`cast_float8` of each of P tensors, in one launch.
+    """`cast_float8` of each of P tensors, or with no scales ``t.to(dtype)`` of each, in one launch.
 
     Args:
-        outs: Where the float8 elements go, P contiguous tensors of as many bytes as there are elements, of
-            any dtype.
+        outs: Where the elements go, P contiguous tensors of as many bytes as these take, of any dtype.
         tensors: Of one device and dtype, contiguous, of any shape.
-        scales: () fp32 each.
-        dtype: The float8 format.
+        scales: () fp32 each, P; or none at all, where elements are rounded as torch rounds, infinities kept.
+        dtype: A float8 format with scales, another dtype without.
 
     Raises:
         ValueError: a number, a size, a layout, a dtype or a device is another.
     """
-    _check_each(outs, tensors, scales)
+    _check_each(outs, tensors, scales, dtype)
     if not tensors:
         return
-    if all(_launches(t, dtype) for t in tensors if t.numel()) and runs_float8_triton(tensors[0].device):
+    if _launches_each(tensors[0], scales, dtype):
         from kernels.triton.cast_each import launch
 
         launch(outs, tensors, scales, dtype)
@@ -157,24 +157,37 @@ def cast_each_into_reference(
     outs: list[Tensor], tensors: list[Tensor], scales: list[Tensor], dtype: torch.dtype
 ) -> None:
     """As `cast_each_into`, by torch."""
+    if not scales:
+        torch._foreach_copy_([out.view(dtype) for out in outs], [t.view(-1) for t in tensors])
+        return
     for out, t, scale in zip(outs, tensors, scales, strict=True):
         out.view(torch.uint8).copy_(cast_to_float8(t, scale, dtype).view(torch.uint8).view(-1))
 
 
-def _check_each(outs: list[Tensor], tensors: list[Tensor], scales: list[Tensor]) -> None:
+def _launches_each(t: Tensor, scales: list[Tensor], dtype: torch.dtype) -> bool:
+    if not scales:
+        return t.dtype in _INPUTS and dtype in _INPUTS and runs_triton(t.device)
+    return t.dtype in _INPUTS and dtype in _FORMATS and runs_float8_triton(t.device)
+
+
+def _check_each(outs: list[Tensor], tensors: list[Tensor], scales: list[Tensor], dtype: torch.dtype) -> None:
     """Raise ValueError for what a kernel that is given addresses would not notice."""
-    if not len(outs) == len(tensors) == len(scales):
-        raise ValueError(f"cast_each_into: {len(tensors)} tensors, {len(scales)} scales, {len(outs)} outputs")
+    expected = len(tensors) if dtype.itemsize == 1 else 0
+    if len(outs) != len(tensors) or len(scales) != expected:
+        raise ValueError(
+            f"cast_each_into: {len(tensors)} tensors to {dtype}, {len(scales)} scales, {len(outs)} outputs"
+        )
     if len({(t.device, t.dtype) for t in tensors}) > 1:
         raise ValueError("cast_each_into: tensors of several devices or dtypes")
-    for out, t, scale in zip(outs, tensors, scales, strict=True):
-        if out.nbytes != t.numel() or scale.numel() != 1 or scale.dtype != torch.float32:
-            raise ValueError(
-                f"cast_each_into: {tuple(t.shape)} with a scale {scale.dtype} {tuple(scale.shape)} "
-                f"into {out.nbytes} bytes"
-            )
-        if not (out.is_contiguous() and t.is_contiguous()) or not out.device == scale.device == t.device:
-            raise ValueError("cast_each_into: not contiguous, or on several devices")
+    for out, t in zip(outs, tensors, strict=True):
+        if out.nbytes != t.numel() * dtype.itemsize:
+            raise ValueError(f"cast_each_into: {tuple(t.shape)} as {dtype} into {out.nbytes} bytes")
+        is_between = out.storage_offset() * out.itemsize % dtype.itemsize
+        if not (out.is_contiguous() and t.is_contiguous()) or is_between or out.device != t.device:
+            raise ValueError("cast_each_into: not contiguous, between two elements, or on several devices")
+    for scale in scales:
+        if scale.numel() != 1 or scale.dtype != torch.float32 or scale.device != tensors[0].device:
+            raise ValueError(f"cast_each_into: a scale {scale.dtype} {tuple(scale.shape)} on {scale.device}")
 
 
 @operator("cast_both")

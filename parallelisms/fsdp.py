@@ -28,6 +28,7 @@ from parallelisms.blocks import blocks_of
 from parallelisms.fsdp_comm import GradientReduceScatter
 from parallelisms.fsdp_copies import PeerAllGather
 from parallelisms.peer_memory import PeerMemory
+from parallelisms.uncast import cast_when_copied
 
 
 def apply_fsdp(
@@ -83,6 +84,8 @@ def apply_fsdp(
             module.set_force_sum_reduction_for_comms(True)
             if replicas * shards > 1:  # alone, a factor would cost a division by it
                 module.set_gradient_divide_factor(1.0)
+            if not cpu_offload:
+                cast_when_copied(module)
     copies = transport == "copy_engine" and shards > 1
     if reduce_scatter != "torch":
         temporary = cpu_offload or (replicas > 1 and accumulates)

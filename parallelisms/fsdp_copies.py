@@ -34,6 +34,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 
 from parallelisms.peer_memory import Lent, PeerMemory, Piece
+from parallelisms.uncast import copy_shards
 
 aten, fsdp = torch.ops.aten, torch.ops.fsdp
 
@@ -147,7 +148,7 @@ class PendingGather(Placeholder):
             shards, output, sizes, numel, rank = args
             output.sizes = sizes
             own = output.lent.of(rank)[:numel]
-            _copy_in(own.split(sizes), shards)
+            copy_shards(own.split(sizes), shards)
             return own, output
         if func is fsdp.split_with_sizes_copy.default:
             view, *sizes_and_dim = args
@@ -155,35 +156,6 @@ class PendingGather(Placeholder):
                 torch.split_with_sizes_copy(view.whole.arrived.view(view.shape), *sizes_and_dim, **kwargs)
             return None
         return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-def _copy_in(places: Sequence[Tensor], shards: Sequence[Tensor]) -> None:
-    """Copy each shard to its place; the places are parts of one buffer, one after the other.
-
-    Shards that follow each other in memory too, as those do that FSDP2 has cast, are copied as one: a kernel
-    for many tensors costs the host more, and holds multiprocessors.
-    """
-    starts = [i for i in range(len(shards)) if not (i and _follows(shards[i - 1], shards[i]))]
-    alone = []
-    for start, end in zip(starts, [*starts[1:], len(shards)], strict=True):
-        if end - start == 1:
-            alone.append(start)
-            continue
-        size = sum(shard.numel() for shard in shards[start:end])
-        place, joined = (part[start].as_strided((size,), (1,)) for part in (places, shards))
-        place.copy_(joined, non_blocking=True)
-    if alone:
-        torch._foreach_copy_([places[i] for i in alone], [shards[i] for i in alone])
-
-
-def _follows(first: Tensor, second: Tensor) -> bool:
-    """Whether they are neighbours in one storage."""
-    return (
-        type(first) is type(second) is Tensor
-        and first.dtype == second.dtype
-        and first.untyped_storage()._cdata == second.untyped_storage()._cdata
-        and second.storage_offset() == first.storage_offset() + first.numel()
-    )
 
 
 class PeerAllGather(DefaultAllGather):

@@ -43,7 +43,7 @@ from converters.float8.scaling import (
     cast_with_scale_into,
     scale_from_amax,
 )
-from converters.float8.uncast import UncastShard
+from parallelisms.uncast import UncastShard
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -197,7 +197,13 @@ class FSDPFloat8Shard(Wrapper):
         if even and not settings.keep:
             scale = self.global_scale(mesh)
             travels_as = torch.bfloat16 if as_bf16 else torch.uint8
-            uncast = UncastShard(self._tensor, scale, settings.dtype, travels_as, settings.cast_kernels)
+            uncast = UncastShard(
+                self._tensor,
+                settings.dtype,
+                scale=scale,
+                travels_as=travels_as,
+                by_kernels=settings.cast_kernels == "triton",
+            )
             return (uncast,), (scale,)
         data, scale = self.float8(mesh, None if even else -(-outer_size[0] // ranks))
         return (data.view(-1).view(torch.bfloat16) if as_bf16 else data.view(torch.uint8),), (scale,)

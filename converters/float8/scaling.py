@@ -23,7 +23,6 @@ from kernels.scaling import (
 __all__ = [
     "MIN_AMAX",
     "amax_of",
-    "cast_each_into",
     "cast_to_float8",
     "cast_with_scale",
     "cast_with_scale_into",
@@ -59,16 +58,6 @@ def cast_with_scale_into(out: Tensor, t: Tensor, scale: Tensor, cast_kernels: st
         cast.cast_float8_into(out, t, scale)
     else:
         out.copy_(cast_to_float8(t, scale, out.dtype))
-
-
-def cast_each_into(
-    outs: list[Tensor], tensors: list[Tensor], scales: list[Tensor], dtype: torch.dtype, cast_kernels: str
-) -> None:
-    """Each of `tensors` in float8 into as many bytes of any dtype; see `kernels.cast.cast_each_into`."""
-    if cast_kernels == "triton":
-        cast.cast_each_into(outs, tensors, scales, dtype)
-    else:
-        cast.cast_each_into_reference(outs, tensors, scales, dtype)
 
 
 def dequantize(x_fp8: Tensor, scale: Tensor) -> Tensor:

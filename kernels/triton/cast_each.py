@@ -22,8 +22,18 @@ from kernels.scaling import float8_max
 from kernels.triton.cast import saturated
 from kernels.triton.tensor_table import ACCESS, WARPS, bisections, build_table, find_tensor
 
-_ELEMENTS = 4096
-"""Elements of a block: 16 a thread, one store each."""
+_ELEMENTS = 16384
+"""Elements of a block, all in registers at once: 64 a thread, whose loads are under way together."""
+_PIECE = 4096
+"""Elements that a block moves at once where it has to ask for each whether it is there."""
+
+
+@triton.jit
+def _converted(x, scale, out_ptr, fmax: tl.constexpr):
+    """X in the dtype of `out_ptr`: scaled and clamped, or with no fmax as it is."""
+    if fmax is not None:
+        x = saturated(x, scale, fmax)
+    return x.to(out_ptr.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize=["tensors"])
@@ -31,28 +41,33 @@ def cast_each_kernel(
     table,  # (6, P) int64: first block, end, is aligned, address of x, place of scale, address of out
     first_ptr,  # a tensor and its place, for their dtypes
     first_out_ptr,
-    scale_ptr,  # the first tensor's
+    scale_ptr,  # the first tensor's; with no fmax it is not read
     tensors,  # P
     fmax: tl.constexpr,
     BISECTIONS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
     """Cast block `program_id` of all tensors' blocks in a row."""
     block = tl.program_id(0)
     row = table + find_tensor(table, tensors, block, BISECTIONS)
     start = (block - tl.load(row)) * BLOCK
-    size = tl.load(row + tensors)
+    left = tl.load(row + tensors) - start
     is_aligned = tl.load(row + 2 * tensors)
-    x = tl.load(row + 3 * tensors).to(first_ptr.dtype)
-    scale = tl.load(scale_ptr + tl.load(row + 4 * tensors))
-    out = tl.load(row + 5 * tensors).to(first_out_ptr.dtype)
-    offsets = start + tl.arange(0, BLOCK)
-    if (is_aligned != 0) & (start + BLOCK <= size):
-        y = saturated(tl.load(tl.multiple_of(x, 16) + offsets), scale, fmax)
-        tl.store(tl.multiple_of(out, 16) + offsets, y.to(out.dtype.element_ty))
+    x = tl.load(row + 3 * tensors).to(first_ptr.dtype) + start
+    out = tl.load(row + 5 * tensors).to(first_out_ptr.dtype) + start
+    scale = 1.0
+    if fmax is not None:
+        scale = tl.load(scale_ptr + tl.load(row + 4 * tensors))
+    if (is_aligned != 0) & (left >= BLOCK):
+        offsets = tl.arange(0, BLOCK)
+        y = tl.load(tl.multiple_of(x, 16) + offsets)
+        tl.store(tl.multiple_of(out, 16) + offsets, _converted(y, scale, first_out_ptr, fmax))
     else:
-        y = saturated(tl.load(x + offsets, mask=offsets < size, other=0.0), scale, fmax)
-        tl.store(out + offsets, y.to(out.dtype.element_ty), mask=offsets < size)
+        for piece in range(0, BLOCK, PIECE):
+            offsets = piece + tl.arange(0, PIECE)
+            y = tl.load(x + offsets, mask=offsets < left, other=0.0)
+            tl.store(out + offsets, _converted(y, scale, first_out_ptr, fmax), mask=offsets < left)
 
 
 def launch(
@@ -66,11 +81,10 @@ def launch(
     device = tensors[0].device
     # Memory of a table belongs to the stream that it was sent on.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    first_scale = scales[0].data_ptr()
     table, blocks = _table(
         tuple(t.numel() for t in tensors),
         tuple(t.data_ptr() for t in tensors),
-        tuple((scale.data_ptr() - first_scale) // scale.element_size() for scale in scales),
+        _places(scales) if scales else (0,) * len(tensors),
         tuple(out.data_ptr() for out in outs),
         device,
         stream,
@@ -82,13 +96,20 @@ def launch(
             table,
             tensors[0],
             outs[0].view(stored_as or dtype),
-            scales[0],
+            scales[0] if scales else table,
             len(tensors),
-            float8_max(dtype),
+            float8_max(dtype) if scales else None,
             BISECTIONS=bisections(len(tensors)),
             BLOCK=_ELEMENTS,
+            PIECE=min(_PIECE, _ELEMENTS),
             num_warps=WARPS,
         )
+
+
+def _places(scales: Sequence[Tensor]) -> tuple[int, ...]:
+    """How many elements each scale is behind the first."""
+    first = scales[0].data_ptr()
+    return tuple((scale.data_ptr() - first) // scale.element_size() for scale in scales)
 
 
 @functools.lru_cache(maxsize=1024)

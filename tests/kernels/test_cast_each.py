@@ -81,7 +81,7 @@ def test_without_a_gpu_each_tensor_is_cast_by_torch(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"outs": []}, "1 tensors, 1 scales, 0 outputs"),
+        ({"outs": []}, "1 tensors to torch.float8_e4m3fn, 1 scales, 0 outputs"),
         ({"outs": [torch.zeros(31, dtype=torch.uint8)]}, "into 31 bytes"),
         ({"scales": [torch.ones((), dtype=torch.float64)]}, "a scale torch.float64"),
         ({"tensors": [torch.ones(8, 4).t()]}, "not contiguous"),
@@ -93,15 +93,16 @@ def test_what_cannot_be_cast_together_is_refused(change: dict[str, Any], message
         "outs": [torch.zeros(32, dtype=torch.uint8)],
         "tensors": [torch.ones(4, 8)],
         "scales": [torch.ones(())],
+        "dtype": E4M3,
     }
     with pytest.raises(ValueError, match=message):
         cast._check_each(**arguments | change)
     with pytest.raises(ValueError, match="several devices or dtypes"):
-        cast._check_each(*([t, t.bfloat16()] for t in torch.ones(3, 1).unbind()))
+        cast._check_each(*([t, t.bfloat16()] for t in torch.ones(3, 1).unbind()), E4M3)
 
 
 def test_the_cast_of_many_compiles_for_hopper() -> None:
-    constants = {"fmax": 448.0, "BISECTIONS": 4, "BLOCK": each._ELEMENTS}
+    constants = {"fmax": 448.0, "BISECTIONS": 4, "BLOCK": each._ELEMENTS, "PIECE": each._PIECE}
     found = compile_for_hopper(
         "kernels.triton.cast_each:cast_each_kernel",
         {
