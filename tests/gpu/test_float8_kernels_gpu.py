@@ -67,6 +67,24 @@ def test_each_of_many_tensors(float8: torch.dtype, dtype: torch.dtype, shift: in
             t.mul_(-3)
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_each_of_many_tensors_as_bf16(dtype: torch.dtype, shift: int) -> None:
+    """One launch is as many of ``.to(torch.bfloat16)``; every bit pattern's upper half, ties among them."""
+    sizes = [(0,), *SIZES, (5,), (0, 7), (1 << 17,)]
+    tensors = [sample((math.prod(size) + shift,), dtype)[shift:].view(size) for size in sizes]
+    patterns = torch.arange(1 << 16, device="cuda", dtype=torch.int32) << 16
+    special = torch.cat([patterns + 0x8000, patterns + 0x7FFF]).view(torch.float32)
+    tensors[-1].copy_(special)
+    outs = [torch.full((t.numel() + 8,), 7.0, dtype=torch.bfloat16, device="cuda") for t in tensors]
+    places = [out[4 * shift :][: t.numel()] for out, t in zip(outs, tensors, strict=True)]
+    cast.cast_each_into(places, tensors, [], torch.bfloat16)
+    for out, place, t in zip(outs, places, tensors, strict=True):
+        assert same_bits(place.view(t.shape), t.to(torch.bfloat16))
+        around = torch.cat([out[: 4 * shift], out[4 * shift + t.numel() :]])
+        assert around.eq(7).all()
+
+
 def test_the_kernels_are_what_runs() -> None:
     assert runs_float8_triton(torch.device("cuda"))
 

@@ -20,7 +20,8 @@ from kernels.triton import cast_each as each
 from tests.kernels.hopper import compile_for_hopper
 from tests.kernels.test_cast import E4M3, E5M2, VECTOR_LOAD, VECTOR_STORE, rounded_away, sample
 
-SIZES = [(0,), (1,), (3, 5), (4096,), (64, 64), (130, 70), (2, 0), (8191,)]
+BLOCK, PIECE = each._ELEMENTS, each._PIECE
+SIZES = [(0,), (1,), (3, 5), (BLOCK,), (2, BLOCK), (2, 0), (BLOCK + PIECE + 2,), (PIECE - 1,)]
 """Whole blocks, ends of blocks, several blocks, and nothing."""
 
 
@@ -45,6 +46,24 @@ def test_each_of_many_tensors_is_cast_in_one_launch(dtype: torch.dtype, shift: i
     for out, t, scale in zip(outs, tensors, scales, strict=True):
         assert torch.equal(out[: t.numel()], rounded_away(t, scale, E4M3).view(-1))
         assert out[t.numel() :].isnan().all()
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize(
+    ("dtype", "to"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)],
+)
+def test_without_scales_elements_are_as_they_were(dtype: torch.dtype, to: torch.dtype, shift: int) -> None:
+    """Where none has to be rounded, which the interpreter would do by truncation; NaN and infinity stay."""
+    tensors, _ = many(dtype, shift)
+    for t in tensors:
+        t.view(-1)[:3] = torch.tensor([math.inf, -math.inf, math.nan])[: t.numel()]
+        t.copy_(t.bfloat16() if torch.bfloat16 in (dtype, to) else t)
+    outs = [torch.full((t.numel() + 2 * shift + 1,), 7.0, dtype=to)[2 * shift :] for t in tensors]
+    each.launch([out[: t.numel()] for out, t in zip(outs, tensors, strict=True)], tensors, [], to)
+    for out, t in zip(outs, tensors, strict=True):
+        torch.testing.assert_close(out[: t.numel()], t.view(-1).to(to), rtol=0, atol=0, equal_nan=True)
+        assert out[t.numel() :].eq(7).all()
 
 
 def test_a_table_is_sent_once() -> None:
@@ -78,6 +97,17 @@ def test_without_a_gpu_each_tensor_is_cast_by_torch(dtype: torch.dtype) -> None:
     cast.cast_each_into([], [], [], dtype)
 
 
+def test_without_a_gpu_and_without_scales_torch_rounds() -> None:
+    """To nearest, ties to even, also into memory that is called something else."""
+    tensors, _ = many(torch.float32, 1)
+    outs = [torch.zeros(2 * t.numel(), dtype=torch.uint8) for t in tensors]
+    arguments = (outs, tensors, [], torch.bfloat16)
+    cast.cast_each_into(*arguments)
+    for out, t in zip(outs, tensors, strict=True):
+        assert torch.equal(out.view(torch.bfloat16), t.view(-1).bfloat16())
+    torch.library.opcheck(cast.cast_each_into, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -86,6 +116,13 @@ def test_without_a_gpu_each_tensor_is_cast_by_torch(dtype: torch.dtype) -> None:
         ({"scales": [torch.ones((), dtype=torch.float64)]}, "a scale torch.float64"),
         ({"tensors": [torch.ones(8, 4).t()]}, "not contiguous"),
         ({"tensors": [torch.ones(32, device="meta")]}, "several devices"),
+        ({"scales": []}, "1 tensors to torch.float8_e4m3fn, 0 scales"),
+        ({"dtype": torch.bfloat16}, "1 tensors to torch.bfloat16, 1 scales"),
+        ({"dtype": torch.bfloat16, "scales": []}, "as torch.bfloat16 into 32 bytes"),
+        (
+            {"dtype": torch.bfloat16, "scales": [], "outs": [torch.zeros(66, dtype=torch.uint8)[1:65]]},
+            "between two elements",
+        ),
     ],
 )
 def test_what_cannot_be_cast_together_is_refused(change: dict[str, Any], message: str) -> None:
@@ -101,14 +138,15 @@ def test_what_cannot_be_cast_together_is_refused(change: dict[str, Any], message
         cast._check_each(*([t, t.bfloat16()] for t in torch.ones(3, 1).unbind()), E4M3)
 
 
-def test_the_cast_of_many_compiles_for_hopper() -> None:
-    constants = {"fmax": 448.0, "BISECTIONS": 4, "BLOCK": each._ELEMENTS, "PIECE": each._PIECE}
+@pytest.mark.parametrize(("out", "fmax"), [("*fp8e4nv", 448.0), ("*bf16", None)])
+def test_the_cast_of_many_compiles_for_hopper(out: str, fmax: float | None) -> None:
+    constants = {"fmax": fmax, "BISECTIONS": 4, "BLOCK": BLOCK, "PIECE": PIECE}
     found = compile_for_hopper(
         "kernels.triton.cast_each:cast_each_kernel",
         {
             "table": "*i64",
             "first_ptr": "*fp32",
-            "first_out_ptr": "*fp8e4nv",
+            "first_out_ptr": out,
             "scale_ptr": "*fp32",
             "tensors": "i32",
             **dict.fromkeys(constants, "constexpr"),
