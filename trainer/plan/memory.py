@@ -28,7 +28,7 @@ With copies between GPUs (`parallelisms.fsdp_copies`) there are two pools more:
     peer       memory that other GPUs copy from or to, for good: the largest unit's gradients as received;
                where weights stay, two pieces for the shards on their way. Not the allocator's, but logged
     arrival    a unit's weights when they are gathered for the first time, with no place to lie in yet; these
-               buffers follow each other as those in the gather pool do, which has the shards' casts alone
+               buffers follow each other as those in the gather pool do, which has nothing but kept shards
 
 From then on weights lie in the main pool, in backward and after it too. A unit's gradients have no input:
 they stay as backward left them until the next unit's reduction, as an input does.
@@ -236,7 +236,6 @@ def _gather_for_good(ledger: Ledger, step: StepShape) -> StepShape:
 def _gather(ledger: Ledger, step: StepShape, unit: Unit, held: int, pool: str = _GATHER) -> int:
     """Gather a unit into the main pool; returns the size of the buffer that stays until the next copy-out."""
     if step.fsdp_degree > 1:
-        ledger.touch("gathered weights", unit.gathered_bytes // step.fsdp_degree, _GATHER)
         ledger.alloc("gathered weights", unit.gathered_bytes, pool)
         ledger.free("gathered weights", held, pool)
     ledger.alloc("gathered weights", unit.gathered_bytes)

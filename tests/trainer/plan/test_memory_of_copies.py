@@ -22,11 +22,11 @@ def test_a_hand_counted_step_with_copies_between_gpus():
     found = replay(gradients)
     assert found.by_pool == {"main": WORKSPACE_BYTES + within, "gather": 220, "reduce": 0, "peer": 1000}
     # Weights 220 are there to the end: then head's result 20, block's gradients 200 and result 200. Buffers
-    # were there once, block's 200 and head's 20; what is cast of block's shard is 100, in the gather pool.
+    # were there once, block's 200 and head's 20; shards are cast into peer memory.
     found = replay(dataclasses.replace(gradients, peer_weight_bytes=500))
-    pools = {"main": WORKSPACE_BYTES + 660 + 220 + 20 + 200 + 200, "gather": 100, "reduce": 0}
+    pools = {"main": WORKSPACE_BYTES + 660 + 220 + 20 + 200 + 200, "gather": 0, "reduce": 0}
     assert found.by_pool == pools | {"arrival": 220, "peer": 1000 + 500}
-    assert found.by_category["gathered weights"] == 220 + 100 + 220 + 500
+    assert found.by_category["gathered weights"] == 220 + 220 + 500
     assert found.by_category["gradient buffers"] == 200 + 1000
     assert sum(found.by_category.values()) == found.reserved_bytes
 
@@ -40,7 +40,7 @@ def test_peer_memory_is_as_large_as_the_largest_unit():
         # [norm, output] has 1002.01 MiB of gradients; it and the embedding have shards of 501, in two pieces.
         assert copies.worst.by_pool["peer"] == (1008 + 2 * 512) * mib
         assert copies.worst.by_pool["arrival"] == nccl.worst.by_pool["gather"]
-        assert copies.worst.by_pool["gather"] == 128256 * 4096 + 4096
+        assert copies.worst.by_pool["gather"] == 0
         assert copies.worst.by_pool["reduce"] == nccl.worst.by_pool["reduce"]
         assert copies.traffic == nccl.traffic
     # Weights that are freed after forward are NCCL's to gather.
