@@ -7,8 +7,9 @@ tensor. Copies between GPUs (`parallelisms.peer_memory`) do not:
     gather     shard -> peer memory; barrier; copies of all parts to where the whole weight lies; barrier
     reduce     barrier; copies of all parts of a gradient into their owners' peer memory; barrier; sum
 
-A shard is cast on its way (`parallelisms.uncast`). A kernel on the compute stream is saved for each: the copy out of the gather buffer (4 bytes a bf16 weight, of
-which FSDP2 makes one for every gather) and the copy into the reduction's (4 bytes a bf16 gradient).
+A shard is cast on its way (`parallelisms.uncast`). A kernel on the compute stream is saved for each: the copy
+out of the gather buffer (4 bytes a bf16 weight, of which FSDP2 makes one for every gather) and the copy into
+the reduction's (4 bytes a bf16 gradient).
 
 FSDP2 asks for the two buffers, calls its own operators to copy into and out of them, and hands them to an
 object of ours. A `Placeholder` is given in a buffer's place: a tensor without memory, to which those
