@@ -7,9 +7,9 @@ they are cast into is used in turn. Scales are new in each step, but lie as far 
 With scales elements become float8, 5 bytes an fp32 element; without they are rounded to another dtype as they
 are, 6 bytes from fp32 to bf16.
 
-Measured on an H200, to float8 and with blocks of 4096 elements: half of Llama 3 8B's blocks, 3.5 G fp32
-elements in 32 launches, 4.35 ms, 4.0 TB/s. They took 5.5 in 224 launches, and the copy of the results to what
-travels 6.6 more.
+Measured on an H200: half of Llama 3 8B's blocks, 3.5 G fp32 elements, to float8 in 32 launches 4.35 ms,
+where 224 launches took 5.5 and the copy of the results to what travels 6.6 more. Half of one block to bf16 is
+152 us, 4.3 TB/s; `torch._foreach_copy_` takes 199 in 13 launches, and 22 ms a step beside GEMMs.
 """
 
 from __future__ import annotations
@@ -26,11 +26,8 @@ from kernels.scaling import float8_max
 from kernels.triton.cast import saturated
 from kernels.triton.tensor_table import ACCESS, WARPS, bisections, build_table, find_tensor
 
-_ELEMENTS = 16384
-"""Elements of a block, 64 a thread. A program first looks up its tensor, by loads that wait for each other;
-then a thread has five to nine loads of 16 bytes under way. Four or five programs share a multiprocessor."""
-_PIECE = 4096
-"""Elements that a block moves at once where it has to ask for each whether it is there."""
+_ELEMENTS = 4096
+"""Elements of a block, 16 a thread: 4.3 TB/s on an H200, as with 8192; of 16,384 float8 ones it is 3.8."""
 
 
 @triton.jit
@@ -51,7 +48,6 @@ def cast_each_kernel(
     fmax: tl.constexpr,
     BISECTIONS: tl.constexpr,
     BLOCK: tl.constexpr,
-    PIECE: tl.constexpr,
 ):
     """Cast block `program_id` of all tensors' blocks in a row."""
     block = tl.program_id(0)
@@ -64,15 +60,13 @@ def cast_each_kernel(
     scale = 1.0
     if fmax is not None:
         scale = tl.load(scale_ptr + tl.load(row + 4 * tensors))
+    offsets = tl.arange(0, BLOCK)
     if (is_aligned != 0) & (left >= BLOCK):
-        offsets = tl.arange(0, BLOCK)
         y = tl.load(tl.multiple_of(x, 16) + offsets)
         tl.store(tl.multiple_of(out, 16) + offsets, _converted(y, scale, first_out_ptr, fmax))
     else:
-        for piece in range(0, BLOCK, PIECE):
-            offsets = piece + tl.arange(0, PIECE)
-            y = tl.load(x + offsets, mask=offsets < left, other=0.0)
-            tl.store(out + offsets, _converted(y, scale, first_out_ptr, fmax), mask=offsets < left)
+        y = tl.load(x + offsets, mask=offsets < left, other=0.0)
+        tl.store(out + offsets, _converted(y, scale, first_out_ptr, fmax), mask=offsets < left)
 
 
 def launch(
@@ -106,7 +100,6 @@ def launch(
             float8_max(dtype) if scales else None,
             BISECTIONS=bisections(len(tensors)),
             BLOCK=_ELEMENTS,
-            PIECE=min(_PIECE, _ELEMENTS),
             num_warps=WARPS,
         )
 

@@ -20,8 +20,8 @@ from kernels.triton import cast_each as each
 from tests.kernels.hopper import compile_for_hopper
 from tests.kernels.test_cast import E4M3, E5M2, VECTOR_LOAD, VECTOR_STORE, rounded_away, sample
 
-BLOCK, PIECE = each._ELEMENTS, each._PIECE
-SIZES = [(0,), (1,), (3, 5), (BLOCK,), (2, BLOCK), (2, 0), (BLOCK + PIECE + 2,), (PIECE - 1,)]
+BLOCK = each._ELEMENTS
+SIZES = [(0,), (1,), (3, 5), (BLOCK,), (2, BLOCK), (2, 0), (BLOCK + 2,), (BLOCK - 1,)]
 """Whole blocks, ends of blocks, several blocks, and nothing."""
 
 
@@ -140,7 +140,7 @@ def test_what_cannot_be_cast_together_is_refused(change: dict[str, Any], message
 
 @pytest.mark.parametrize(("out", "fmax"), [("*fp8e4nv", 448.0), ("*bf16", None)])
 def test_the_cast_of_many_compiles_for_hopper(out: str, fmax: float | None) -> None:
-    constants = {"fmax": fmax, "BISECTIONS": 4, "BLOCK": BLOCK, "PIECE": PIECE}
+    constants = {"fmax": fmax, "BISECTIONS": 4, "BLOCK": BLOCK}
     found = compile_for_hopper(
         "kernels.triton.cast_each:cast_each_kernel",
         {

@@ -205,7 +205,8 @@ class MetricsLogger:
         if left is not None:
             names = ("loss", "max_loss", "grad_norm")
             numbers = dict(zip(names, left.numbers.wait().tolist(), strict=True), lr=left.lr)
-            self._log(left.step, self.meter.read(left.window), left.memory, numbers, left.tokens_seen)
+            rates = self.meter.read(left.window, left.numbers.seconds_ago())
+            self._log(left.step, rates, left.memory, numbers, left.tokens_seen)
 
     def log_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write scalars of their own, on a step that may have no step line."""

@@ -120,6 +120,8 @@ class Window:
     tokens: int
     total_steps: int
     total_tokens: int
+    elapsed_seconds: float
+    """Since the start, when the host had launched the last of it."""
 
 
 class ThroughputMeter:
@@ -204,20 +206,26 @@ class ThroughputMeter:
         A host that is ahead of its device need not wait for that here: it counts the steps that follow, and
         reads when it learns that the device has come this far.
         """
-        window = Window(self._window_steps, self._window_tokens, self.total_steps, self.total_tokens)
+        launched = _elapsed(self.phases.seconds())
+        window = Window(
+            self._window_steps, self._window_tokens, self.total_steps, self.total_tokens, launched
+        )
         self._window_steps = self._window_tokens = 0
         return window
 
-    def read(self, closed: Window | None = None) -> Throughput:
-        """Rates since the last reading; the next reading starts here.
+    def read(self, closed: Window | None = None, seconds_ago: float = 0.0) -> Throughput:
+        """Rates since the last reading; the next reading starts where this one ends.
 
         Args:
-            closed: Its steps are done now. None: those up to here, which the device is waited for.
+            closed: Its steps are done. None: those up to here, which the device is waited for.
+            seconds_ago: Since when they are.
         """
         if closed is None:
             self._synchronize()
             closed = self.close_window()
         now = self.phases.seconds()
+        # Not longer ago than they were launched, in time that counts: a compilation may have come between.
+        now[TRAINING] -= min(seconds_ago, _elapsed(now) - closed.elapsed_seconds)
         window = {name: seconds - self._at_last_read.get(name, 0.0) for name, seconds in now.items()}
         elapsed = _elapsed(window)
         data_loading = window.get(DATA_LOADING, 0.0)

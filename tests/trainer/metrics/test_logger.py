@@ -82,13 +82,18 @@ class Late(Arrival):
         self.clock.now = max(self.clock.now, self.there)
         return super().wait()
 
+    def seconds_ago(self):
+        return self.clock.now - self.there
 
-def test_a_host_that_is_ahead_logs_a_step_when_it_is_done(tmp_path):
+
+@pytest.mark.parametrize("launching", [0.25, 0.75])
+def test_a_host_that_is_ahead_logs_a_step_when_it_is_done(tmp_path, launching):
+    """Whether it has to wait for that or learns of it a while later."""
     clock, lines = Clock(), []
     metrics = make_logger(tmp_path, clock, lines, config=MetricsConfig(log_freq=2, peak_tflops=989))
     metrics.start()
     for step in range(1, 7):
-        clock.now += 0.25  # what launching takes; the device takes a second
+        clock.now += launching  # the device takes a second
         before = len(lines)
         metrics.settle()
         assert len(lines) - before == (step in (3, 5))
@@ -96,7 +101,10 @@ def test_a_host_that_is_ahead_logs_a_step_when_it_is_done(tmp_path):
         if metrics.should_log(step):
             numbers = Late([step, 2 * step, 0.5], clock, step - clock.now)
             metrics.log_arrival(step, numbers, lr=1e-3, tokens_seen=step * 7034)
+            clock.now += 0.75 - launching
             assert lines[-1].startswith("step:  1 ") == (step in (1, 2)), lines
+        if step % 2:
+            clock.now = max(clock.now, step - 0.5)  # what else a host does: it is half a step ahead
     summary = metrics.finish(6, tokens_seen=6 * 7034)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 4, 6]

@@ -94,6 +94,26 @@ def test_compile_checkpoint_and_validation_are_outside_tps(clock):
     assert reading.phase_seconds["validation"] == 0
 
 
+def test_time_since_steps_were_done_is_the_next_steps(clock):
+    meter = make_meter(clock)
+    clock.advance(2)
+    meter.count_step(400)
+    done = meter.close_window()
+    meter.count_step(100)
+    clock.advance(3)
+    assert meter.read(done, seconds_ago=1).elapsed_seconds == 4
+    clock.advance(1)
+    reading = meter.read()
+    assert (reading.tokens, reading.elapsed_seconds) == (100, 2)
+    # What does not count in between is no time that they took less.
+    meter.count_step(100)
+    clock.advance(2)
+    done = meter.close_window()
+    with meter.phases.phase("compile"):
+        clock.advance(60)
+    assert meter.read(done, seconds_ago=60).elapsed_seconds == 2
+
+
 def test_tps_is_per_device(clock):
     # 2 cp * 2 tp * 2 pp devices train the same tokens together.
     meter = make_meter(clock, non_data_parallel_degree=8, peak_tflops=None)
