@@ -24,12 +24,9 @@ _GATHER = (
     f"{_FLOAT8}.enable_fsdp_float8_all_gather",
     f"{_FLOAT8}.precompute_float8_dynamic_scale_for_fsdp",
 )
-_BEST_TENSORWISE = (
-    "--model.overrides.norm_kernel=fused",
-    "--model.overrides.swiglu_kernel=fused",
-    "--model.overrides.rope_kernel=fused",
-    "--parallelism.fsdp_reshard_after_forward=never",
-)
+_ROPE = "--model.overrides.rope_kernel=fused"
+_KERNELS = ("--model.overrides.norm_kernel=fused", "--model.overrides.swiglu_kernel=fused", _ROPE)
+_BEST_TENSORWISE = (*_KERNELS, "--parallelism.fsdp_reshard_after_forward=never")
 """As in train_configs/llama3_8b_float8.toml."""
 BASELINE = "bf16"
 _NAMES = (
@@ -49,17 +46,17 @@ class Variant:
 
 VARIANTS: dict[str, Variant] = {
     "eager": Variant("none (bf16, eager)", ()),
-    "bf16": Variant("none (bf16)", _COMPILE),
+    "bf16": Variant("none (bf16)", (*_COMPILE, *_KERNELS)),
     "tensorwise": Variant(
         "tensorwise with float8 all-gather", (*_COMPILE, *_CONVERT, *_GATHER, *_BEST_TENSORWISE)
     ),
-    "tensorwise_bf16_gather": Variant("tensorwise with bf16 all-gather", (*_COMPILE, *_CONVERT)),
+    "tensorwise_bf16_gather": Variant("tensorwise with bf16 all-gather", (*_COMPILE, _ROPE, *_CONVERT)),
     "rowwise": Variant(
-        "rowwise with bf16 all-gather", (*_COMPILE, *_CONVERT, f"{_FLOAT8}.recipe_name=rowwise")
+        "rowwise with bf16 all-gather", (*_COMPILE, _ROPE, *_CONVERT, f"{_FLOAT8}.recipe_name=rowwise")
     ),
     "rowwise_with_gw_hp": Variant(
         "rowwise_with_gw_hp with bf16 all-gather",
-        (*_COMPILE, *_CONVERT, f"{_FLOAT8}.recipe_name=rowwise_with_gw_hp"),
+        (*_COMPILE, _ROPE, *_CONVERT, f"{_FLOAT8}.recipe_name=rowwise_with_gw_hp"),
     ),
 }
 
