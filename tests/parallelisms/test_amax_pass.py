@@ -120,6 +120,16 @@ def train(model):
     return [h.detach(), x.grad, *(p.grad for p in model.parameters())]
 
 
+def check_compiled(model, want, counts):
+    """Blocks compiled with the pass, which notes `counts`, train as `want` says."""
+    torch._dynamo.reset()
+    own = backend(counts)
+    for block in model["layers"]:
+        block.compile(backend=own, fullgraph=True)
+    for eager, compiled in zip(want, train(model), strict=True):
+        assert torch.equal(eager, compiled)
+
+
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_a_block_trains_with_the_same_bits(recompute):
     """Forward takes amaxes of four weights and of x; the inputs of w1 and w3, and of w2, come with theirs.
@@ -129,12 +139,7 @@ def test_a_block_trains_with_the_same_bits(recompute):
     model, counts = two_of(Block), []
     want = train(model)
     apply_activation_checkpoint(model, "layers", ActivationCheckpointConfig(mode=recompute))
-    torch._dynamo.reset()
-    own = backend(counts)
-    for block in model["layers"]:
-        block.compile(backend=own, fullgraph=True)
-    for eager, compiled in zip(want, train(model), strict=True):
-        assert torch.equal(eager, compiled)
+    check_compiled(model, want, counts)
     assert counts[0] == (7, 5)
     assert counts[1:] == [(11, 6) if recompute == "full" else (4, 1)]
 
@@ -142,13 +147,7 @@ def test_a_block_trains_with_the_same_bits(recompute):
 def test_gradients_of_queries_and_keys_come_with_their_amaxes():
     """Forward takes those of two weights and nobody asks for those of what is turned; backward none."""
     model, counts = two_of(Turned), []
-    want = train(model)
-    torch._dynamo.reset()
-    own = backend(counts)
-    for block in model["layers"]:
-        block.compile(backend=own, fullgraph=True)
-    for eager, compiled in zip(want, train(model), strict=True):
-        assert torch.equal(eager, compiled)
+    check_compiled(model, train(model), counts)
     assert counts == [(3, 2), (2, 0)]
 
 

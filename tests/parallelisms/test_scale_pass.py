@@ -192,6 +192,27 @@ def kernel(x, w):
     return octavo.rms_norm.default(x, w, x[0], 1e-5, False)[1]
 
 
+def matrices(worst):
+    """Two, one element of the first being `worst`."""
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 6, 6).bfloat16()
+    inputs[0, 1, 2] = worst
+    return inputs
+
+
+def check_scale_made_by_the_cast(function, graph_pass, inputs):
+    """The one scale of `function` comes with its cast, to the same bits and metadata."""
+    gm = graph_of(function, *inputs)
+    want = gm(*inputs)
+    graph_pass(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    assert together(gm.graph) == 1
+    assert count(gm.graph, *SCALES, octavo.cast_both.default) == 0
+    for mine, theirs in zip(Checked(gm).run(*inputs), want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("worst", [1.0, float("inf"), float("nan")])
 @pytest.mark.parametrize("maker", [as_it_is, gemm, viewed, attention, kernel])
 def test_the_same_bits_and_metadata(maker, worst):
@@ -204,18 +225,7 @@ def test_the_same_bits_and_metadata(maker, worst):
         other = cast.cast_float8(t.contiguous(), scale, E5M2)
         return *(made.float() for made in (*first, other)), scale, inverse_scale(scale)
 
-    torch.manual_seed(0)
-    inputs = torch.randn(2, 6, 6).bfloat16()
-    inputs[0, 1, 2] = worst
-    gm = graph_of(function, *inputs)
-    want = gm(*inputs)
-    ScaleWithCast()(gm.graph)
-    gm.graph.lint()
-    gm.recompile()
-    assert together(gm.graph) == 1
-    assert count(gm.graph, *SCALES, octavo.cast_both.default) == 0
-    for mine, theirs in zip(Checked(gm).run(*inputs), want, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+    check_scale_made_by_the_cast(function, ScaleWithCast(), matrices(worst))
 
 
 @pytest.mark.parametrize("worst", [1.0, float("inf"), float("nan")])
@@ -228,19 +238,8 @@ def test_a_scale_of_an_amax_that_a_kernel_gave(worst):
         made = both(t.view(6, 6), scale)
         return *(part.float() for part in made), scale, inverse_scale(scale)
 
-    torch.manual_seed(0)
-    inputs = torch.randn(2, 6, 6).bfloat16()
-    inputs[0, 1, 2] = worst
-    gm = graph_of(function, *inputs)
-    want = gm(*inputs)
-    GRAPH_PASSES(gm.graph)
-    gm.graph.lint()
-    gm.recompile()
-    assert together(gm.graph) == 1
-    assert count(gm.graph, *SCALES, octavo.cast_both.default) == 0
-    for mine, theirs in zip(Checked(gm).run(*inputs), want, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
-
+    inputs = matrices(worst)
+    check_scale_made_by_the_cast(function, GRAPH_PASSES, inputs)
     wide = graph_of(function, *inputs.float())
     GRAPH_PASSES(wide.graph)
     assert (together(wide.graph), count(wide.graph, octavo.cast_both.default)) == (0, 1)
