@@ -1,4 +1,4 @@
-"""A pass over compiled graphs: an amax that nothing takes on its way comes with the cast that it is for.
+"""A pass over compiled graphs: a scale comes with its cast, and an amax too if nothing takes it on its way.
 
 A float8 linear with dynamic scales and Triton's casts takes a tensor's amax, makes the scale, and casts:
 
@@ -14,14 +14,14 @@ the cast reads t again. There it becomes
     x8, x8t, scale, inverse = scale_and_cast_both(t, e4m3)
 
 to the same bits: `kernels.triton.amax` says what that saves. And where a kernel of ours has given the amax
-with t (`parallelisms.amax_pass`), the kernel that makes the scale is one of some us for two numbers, between
-two that wait for each other, 256 of them a step of Llama 3 8B: there it becomes
+with t (`parallelisms.amax_pass`), the kernel that makes the scale takes a microsecond or two, between two
+kernels that wait for it, 256 times in a step of Llama 3 8B: there it becomes
 
     x8, x8t, scale, inverse = scale_and_cast_both(t, e4m3, amax)
 
-Only amaxes that feed `cast_both` are touched,
-so a model on PyTorch's casts, or on another library's, compiles as it would without the pass. So do scales
-that are rounded to powers of two, recorded (delayed scaling), reduced over ranks, or of two formats.
+Only amaxes that feed `cast_both` are touched, so a model on PyTorch's casts, or on another library's,
+compiles as it would without the pass. So do scales that are rounded to powers of two, recorded (delayed
+scaling), reduced over ranks, or of two formats.
 
 Graphs are those of torch 2.11 to 2.13 after decomposition; in one that looks otherwise nothing is replaced,
 and tests count what is.
@@ -69,7 +69,7 @@ class Found(NamedTuple):
 
 
 class ScaleWithCast(CustomGraphPass):
-    """Replaces cast_both(t, scale of t) by scale_and_cast_both(t) where nothing else could take t's amax."""
+    """Replaces cast_both(t, scale) by scale_and_cast_both where t's amax is a pass of its own, or at hand."""
 
     def __call__(self, graph: Graph) -> None:
         """Change `graph` in place."""
