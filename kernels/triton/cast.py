@@ -3,14 +3,16 @@
 x is (m, k) row-major. Memory sets the pace of all of them, so each element is read from it once a pass, and
 every load and store moves 16 bytes a thread (rows of x8 and of x8ᵀ; sizes divisible by 16, as Triton sees
 from the arguments; others are right but slower). Measured on an H100, (8192, 14336) bf16 with both layouts
-written: 0.162 ms, 2.9 TB/s.
+written: 0.162 ms, 2.9 TB/s. Instructions come next: where L2 holds what is read, as behind an amax, some
+1,000 a thread and tile took half of the time, so the clamp is one instruction and not two.
 
 - `cast_kernel`: elementwise.
 - `cast_tiles_kernel`: a tile in, its float8 form out twice, the second time turned through shared memory.
 - `scale_and_cast_tiles_kernel`: the same, with the one scale made on the way, of an amax or of its parts'.
 - `transpose_kernel`: what its name says.
 
-The last elements are cast first: they are what an amax before has left in L2.
+The last elements are cast first: they are what an amax before has left in L2. The tiles that the first
+programs cast are on the chip before that amax has ended (`kernels.triton.overlap`).
 
 A tile is turned in the 2 bytes of its input, before it is cast. The other order is wrong: where a pair of
 float8 is both stored and picked apart for shared memory, ptxas (12.8) folds the conversion into the packing
@@ -33,12 +35,17 @@ from kernels.scaling import float8_max, inverse_scale, scale_from_amax
 from kernels.triton.amax import amax as amax_of
 from kernels.triton.amax import amaxes_of_parts
 from kernels.triton.magnitude import magnitude
+from kernels.triton.overlap import after_former, overlapping
 from kernels.triton.scale import inverse_of, scale_of
 
-_TILE = 128
-"""Rows and columns of a tile: 128 bytes, a line of L2, in either direction of float8. Half where a thread's
-elements are not adjacent and each has an address of its own: more than its registers hold."""
-TILE_WARPS = 8
+_EVEN = {"HEIGHT": 64, "WIDTH": 128, "num_warps": 4}
+"""Rows, columns and warps of a tile that is cast: 64 elements a thread, and a line of L2 or half of one in
+either direction of float8. Squares of 128 with 8 warps took 1 to 2 us longer a tensor: fewer programs, which
+all load, compute and store at the same time."""
+_UNEVEN = {"HEIGHT": 64, "WIDTH": 64, "num_warps": 8}
+"""Where a thread's elements are not adjacent and each has an address of its own: registers hold 16."""
+_TURNED, _TURNED_WARPS = 128, 8
+"""Rows and columns of a tile of bytes that is only turned, and its warps."""
 _ELEMENTS = 4096
 """Elements a program casts in `cast_kernel`: 16 a thread of 8 warps, one store each."""
 
@@ -46,8 +53,7 @@ _ELEMENTS = 4096
 @triton.jit
 def saturated(x, scale, fmax: tl.constexpr):
     """fp32(x) * scale, clamped; NaN stays NaN."""
-    y = tl.maximum(x.to(tl.float32) * scale, -fmax, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(y, fmax, propagate_nan=tl.PropagateNan.ALL)
+    return tl.clamp(x.to(tl.float32) * scale, -fmax, fmax, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -61,11 +67,11 @@ def cast_kernel(x_ptr, scale_ptr, out_ptr, n, fmax: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def _tile(m, k, TILE: tl.constexpr):
+def last_first(k, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     """The rows and the columns of this program's tile; the last tiles come first."""
     tile = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
-    across = tl.cdiv(k, TILE)
-    return (tile // across) * TILE + tl.arange(0, TILE), (tile % across) * TILE + tl.arange(0, TILE)
+    across = tl.cdiv(k, WIDTH)
+    return (tile // across) * HEIGHT + tl.arange(0, HEIGHT), (tile % across) * WIDTH + tl.arange(0, WIDTH)
 
 
 @triton.jit
@@ -101,13 +107,14 @@ def cast_tiles_kernel(
     fmax: tl.constexpr,
     WRITE_ROWS: tl.constexpr,
     BY_LINE: tl.constexpr,
-    TILE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """X8ᵀ (k, m) and, with WRITE_ROWS, x8 (m, k), of x whose elements are 2 bytes.
 
     One scale, column_scale_ptr's, or BY_LINE one per column for x8ᵀ and one per row for x8.
     """
-    row, column = _tile(m, k, TILE)
+    row, column = last_first(k, HEIGHT, WIDTH)
     x = _load_tile(x_ptr, row, column, m, k)
     if BY_LINE:
         row_scale = tl.load(row_scale_ptr + row, mask=(row < m) & WRITE_ROWS, other=0.0)[:, None]
@@ -118,6 +125,17 @@ def cast_tiles_kernel(
     if WRITE_ROWS:
         _store_rows(x, row_scale, rows_ptr, row, column, m, k, fmax)
     _store_columns(x, column_scale, columns_ptr, row, column, m, k, fmax)
+
+
+@triton.jit
+def _scale_of_parts(amaxes_ptr, scale_ptr, inverse_ptr, fmax: tl.constexpr, PARTS: tl.constexpr):
+    """The scale of the largest of PARTS amaxes; the first program stores it and its inverse."""
+    amax = tl.max(magnitude(tl.load(amaxes_ptr + tl.arange(0, PARTS))), axis=0)
+    scale = scale_of(amax, fmax, False)
+    if tl.program_id(0) == 0:
+        tl.store(scale_ptr, scale)
+        tl.store(inverse_ptr, inverse_of(scale))
+    return scale
 
 
 @triton.jit
@@ -132,19 +150,24 @@ def scale_and_cast_tiles_kernel(
     k,
     fmax: tl.constexpr,
     PARTS: tl.constexpr,
-    TILE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Both layouts as above, the one scale being that of the largest of PARTS amaxes; it and its inverse.
 
-    The scale comes before the tile: the division takes registers that a tile in hand would need.
+    OVERLAPS where the kernel before is the one that made the amaxes, and x was there before that began: then
+    the tile is loaded while that ends. Elsewhere the scale comes before the tile: the division takes registers
+    that a tile in hand would need.
     """
-    amax = tl.max(magnitude(tl.load(amaxes_ptr + tl.arange(0, PARTS))), axis=0)
-    scale = scale_of(amax, fmax, False)
-    if tl.program_id(0) == 0:
-        tl.store(scale_ptr, scale)
-        tl.store(inverse_ptr, inverse_of(scale))
-    row, column = _tile(m, k, TILE)
-    x = _load_tile(x_ptr, row, column, m, k)
+    row, column = last_first(k, HEIGHT, WIDTH)
+    if OVERLAPS:
+        x = _load_tile(x_ptr, row, column, m, k)
+        after_former(OVERLAPS)
+        scale = _scale_of_parts(amaxes_ptr, scale_ptr, inverse_ptr, fmax, PARTS)
+    else:
+        scale = _scale_of_parts(amaxes_ptr, scale_ptr, inverse_ptr, fmax, PARTS)
+        x = _load_tile(x_ptr, row, column, m, k)
     _store_rows(x, scale, rows_ptr, row, column, m, k, fmax)
     _store_columns(x, scale, columns_ptr, row, column, m, k, fmax)
 
@@ -199,6 +222,7 @@ def scale_and_cast_both(
         scale = scale_from_amax(amax_of(x) if amax is None else amax, dtype)
         return *cast_both(x, scale, dtype, stored_as), scale, inverse_scale(scale)
     amaxes = amaxes_of_parts(x) if amax is None else amax
+    overlap = overlapping(x) if amax is None else {"OVERLAPS": False}
     rows = torch.empty(x.shape, dtype=stored_as or dtype, device=x.device)
     columns = torch.empty((x.shape[1], x.shape[0]), dtype=stored_as or dtype, device=x.device)
     scale, inverse = (torch.empty((), dtype=torch.float32, device=x.device) for _ in range(2))
@@ -213,8 +237,8 @@ def scale_and_cast_both(
             *x.shape,
             float8_max(dtype),
             PARTS=amaxes.numel(),
-            TILE=tile_of(x),
-            num_warps=TILE_WARPS,
+            **tile_of(x),
+            **overlap,
         )
     return rows, columns, scale, inverse
 
@@ -233,9 +257,11 @@ def transpose_float8(x: Tensor) -> Tensor:
     x = x.contiguous()
     out = torch.empty((x.shape[1], x.shape[0]), dtype=x.dtype, device=x.device)
     moved = torch.uint8 if x.element_size() == 1 else x.dtype
+    tile = _TURNED if _is_even(x) else _TURNED // 2
+    grid = (triton.cdiv(x.shape[0], tile) * triton.cdiv(x.shape[1], tile),)
     with torch.cuda.device_of(x):
-        transpose_kernel[tiles_of(x)](
-            x.view(moved), out.view(moved), *x.shape, TILE=tile_of(x), num_warps=TILE_WARPS
+        transpose_kernel[grid](
+            x.view(moved), out.view(moved), *x.shape, TILE=tile, num_warps=_TURNED_WARPS
         )
     return out
 
@@ -245,14 +271,20 @@ def turns_before_casting(x: Tensor) -> bool:
     return x.element_size() == 2
 
 
-def tile_of(x: Tensor) -> int:
-    """Rows and columns of a tile of x."""
-    return _TILE if x.shape[0] % 16 == x.shape[1] % 16 == 0 else _TILE // 2
+def _is_even(x: Tensor) -> bool:
+    """Whether each thread's elements are adjacent, in x and in what is turned."""
+    return x.shape[0] % 16 == x.shape[1] % 16 == 0
+
+
+def tile_of(x: Tensor) -> dict[str, int]:
+    """Rows and columns of a tile of x that is cast, and its warps."""
+    return _EVEN if _is_even(x) else _UNEVEN
 
 
 def tiles_of(x: Tensor) -> tuple[int]:
     """The grid: one program a tile of x."""
-    return (triton.cdiv(x.shape[0], tile_of(x)) * triton.cdiv(x.shape[1], tile_of(x)),)
+    tile = tile_of(x)
+    return (triton.cdiv(x.shape[0], tile["HEIGHT"]) * triton.cdiv(x.shape[1], tile["WIDTH"]),)
 
 
 def cast_tiles(
@@ -280,7 +312,6 @@ def cast_tiles(
             float8_max(dtype),
             WRITE_ROWS=rows is not None,
             BY_LINE=by_line,
-            TILE=tile_of(x),
-            num_warps=TILE_WARPS,
+            **tile_of(x),
         )
     return columns

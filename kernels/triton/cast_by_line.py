@@ -22,8 +22,8 @@ from torch import Tensor
 
 from kernels.scaling import float8_max
 from kernels.triton.cast import (
-    TILE_WARPS,
     cast_tiles,
+    last_first,
     saturated,
     tile_of,
     tiles_of,
@@ -96,12 +96,11 @@ def scales_kernel(
 
 
 @triton.jit
-def cast_by_column_kernel(x_ptr, scale_ptr, out_ptr, m, k, fmax: tl.constexpr, TILE: tl.constexpr):
+def cast_by_column_kernel(
+    x_ptr, scale_ptr, out_ptr, m, k, fmax: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
+):
     """X8 (m, k), row-major, with a scale per column."""
-    tile = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
-    across = tl.cdiv(k, TILE)
-    row = (tile // across) * TILE + tl.arange(0, TILE)
-    column = (tile % across) * TILE + tl.arange(0, TILE)
+    row, column = last_first(k, HEIGHT, WIDTH)
     here = (row < m)[:, None] & (column < k)[None, :]
     place = row[:, None] * k + column[None, :]
     scale = tl.load(scale_ptr + column, mask=column < k, other=0.0)
@@ -183,7 +182,7 @@ def cast_columns(
     out = torch.empty(x.shape, dtype=stored_as or dtype, device=x.device)
     with torch.cuda.device_of(x):
         cast_by_column_kernel[tiles_of(x)](
-            x, scale, out, *x.shape, float8_max(dtype), TILE=tile_of(x), num_warps=TILE_WARPS
+            x, scale, out, *x.shape, float8_max(dtype), **tile_of(x)
         )
     return transpose_float8(out), scale
 

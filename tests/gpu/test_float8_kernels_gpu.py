@@ -202,6 +202,20 @@ def test_a_scale_made_by_the_cast(size: tuple[int, int], dtype: torch.dtype) -> 
         assert all_same(cast.scale_and_cast_both(x, E5M2, x.abs().amax().float()), want)
 
 
+def test_a_tensor_made_just_before() -> None:
+    """Casts begin while the kernel before them runs, but read nothing that this still has to write."""
+    made = [(number + 1) * sample((4096, 4096), torch.bfloat16) for number in range(4)]
+    x, casts = torch.empty_like(made[0]), []
+    for _ in range(5):
+        for each in made:
+            x.copy_(each)
+            casts.append((cast.scale_and_cast_both(x, E4M3), cast.cast_rows_and_columns(x, E4M3, False)))
+    for number, (one_scale, by_line) in enumerate(casts):
+        each = made[number % 4]
+        assert all_same(one_scale, cast.scale_and_cast_both_reference(each, E4M3))
+        assert wrong({"by line": (by_line, line_calls(each, E4M3, False)["cast_rows_and_columns"][1])}) == []
+
+
 @pytest.mark.parametrize("bad", [0.0, 2.0**-133, 1e-13, math.inf, -math.nan])
 def test_a_scale_made_by_the_cast_of_edge_values(bad: float) -> None:
     x = torch.zeros(300, 528, device="cuda", dtype=torch.bfloat16)
