@@ -23,6 +23,9 @@ has scales by row a t8 of its own (`kernels.triton.cast` says why). The last col
 steps are passes over fp32 temporaries; a compiler fuses them, but stores t8ᵀ from a row-wise walk, a byte
 here and a byte there.
 
+Scales by row and column come with their inverses, fp32(1 / s), which GEMMs multiply by: to make them of the
+scales takes a launch before each GEMM.
+
 All follow `kernels.scaling` to the last bit: explicit saturation, NaN stays NaN, scales divided in fp64.
 M and K may be zero and need not be divisible by anything. A dtype that the Triton kernels do not know (fp64
 in; AMD's fnuz formats out) takes the reference.
@@ -59,16 +62,16 @@ def scale_and_cast_both_reference(
     return *cast_both_reference(x, scale, dtype), scale, inverse_scale(scale)
 
 
-def cast_rows_reference(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
-    """x8 (M, K) of x (M, K) and its scales (M, 1), each of its row's amax."""
+def cast_rows_reference(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """x8 (M, K) of x (M, K), its scales (M, 1), each of its row's amax, and their inverses (M, 1)."""
     scale = scale_from_amax(compute_amax(x, -1), dtype, power_of_2)
-    return cast_to_float8(x, scale, dtype).contiguous(), scale
+    return cast_to_float8(x, scale, dtype).contiguous(), scale, inverse_scale(scale)
 
 
-def cast_columns_reference(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
-    """x8ᵀ (K, M) of x (M, K) and its scales (1, K), each of its column's amax."""
+def cast_columns_reference(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """x8ᵀ (K, M) of x (M, K), its scales (1, K), each of its column's amax, and their inverses (1, K)."""
     scale = scale_from_amax(compute_amax(x, 0), dtype, power_of_2)
-    return _transposed(cast_to_float8(x, scale, dtype)), scale
+    return _transposed(cast_to_float8(x, scale, dtype)), scale, inverse_scale(scale)
 
 
 def _transposed(x: Tensor) -> Tensor:
@@ -267,7 +270,7 @@ def _(x: Tensor, after: Tensor | None = None) -> Tensor:
 
 
 @operator("cast_rows")
-def cast_rows(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
+def cast_rows(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor, Tensor]:
     """See `cast_rows_reference`."""
     if _launches(x, dtype):
         from kernels.triton import cast_by_line
@@ -277,14 +280,15 @@ def cast_rows(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, 
 
 
 @cast_rows.register_fake
-def _(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+def _(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor, Tensor]:
+    scale, inverse = (x.new_empty((x.shape[0], 1), dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape, dtype=dtype), scale, inverse
 
 
 @operator("cast_columns")
 def cast_columns(
     x: Tensor, dtype: torch.dtype, power_of_2: bool, after: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `cast_columns_reference`; `after` as in `transpose_float8`."""
     if _launches(x, dtype):
         from kernels.triton import cast_by_line
@@ -294,16 +298,18 @@ def cast_columns(
 
 
 @cast_columns.register_fake
-def _(x: Tensor, dtype: torch.dtype, power_of_2: bool, after: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    x8t = x.new_empty((x.shape[1], x.shape[0]), dtype=dtype)
-    return x8t, x.new_empty((1, x.shape[1]), dtype=torch.float32)
+def _(
+    x: Tensor, dtype: torch.dtype, power_of_2: bool, after: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale, inverse = (x.new_empty((1, x.shape[1]), dtype=torch.float32) for _ in range(2))
+    return x.new_empty((x.shape[1], x.shape[0]), dtype=dtype), scale, inverse
 
 
 @operator("cast_rows_and_columns")
 def cast_rows_and_columns(
     x: Tensor, dtype: torch.dtype, power_of_2: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `cast_rows` and then what `cast_columns` give: x8, its scales, x8ᵀ, its scales."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `cast_rows` and then what `cast_columns` give: x8, x8ᵀ, and after each its scales and inverses."""
     if _launches(x, dtype):
         from kernels.triton import cast_by_line
 
@@ -312,10 +318,11 @@ def cast_rows_and_columns(
 
 
 @cast_rows_and_columns.register_fake
-def _(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape, dtype=dtype),
-        x.new_empty((x.shape[0], 1), dtype=torch.float32),
-        x.new_empty((x.shape[1], x.shape[0]), dtype=dtype),
-        x.new_empty((1, x.shape[1]), dtype=torch.float32),
-    )
+def _(
+    x: Tensor, dtype: torch.dtype, power_of_2: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    m, k = x.shape
+    row_scale, row_inverse = (x.new_empty((m, 1), dtype=torch.float32) for _ in range(2))
+    column_scale, column_inverse = (x.new_empty((1, k), dtype=torch.float32) for _ in range(2))
+    x8, x8t = (x.new_empty(shape, dtype=dtype) for shape in ((m, k), (k, m)))
+    return x8, row_scale, row_inverse, x8t, column_scale, column_inverse

@@ -45,10 +45,18 @@ class Float8Operand(NamedTuple):
     data: Tensor
     scale: Tensor
     """fp32, broadcastable to `data`."""
+    inverse: Tensor | None = None
+    """fp32(1 / scale), where the cast has given it."""
 
     def t(self) -> Float8Operand:
         """The transpose, without a copy."""
-        return Float8Operand(self.data.t(), self.scale.t() if self.scale.dim() == 2 else self.scale)
+        inverse = None if self.inverse is None else _turned(self.inverse)
+        return Float8Operand(self.data.t(), _turned(self.scale), inverse)
+
+
+def _turned(scale: Tensor) -> Tensor:
+    # A view and not t(): of (1, R) that has strides (1, R), for which torch._scaled_mm wants (1, 1).
+    return scale.view(scale.shape[1], scale.shape[0]) if scale.dim() == 2 else scale
 
 
 @functools.lru_cache(maxsize=16)
@@ -139,7 +147,9 @@ def scaled_mm(
 
 
 def _gemm_scales(a: Float8Operand, b: Float8Operand) -> tuple[Tensor, Tensor]:
-    inverse_a, inverse_b = inverse_scale(a.scale), inverse_scale(b.scale)
+    inverse_a, inverse_b = (
+        inverse_scale(one.scale) if one.inverse is None else one.inverse for one in (a, b)
+    )
     if inverse_a.dim() == 0 and inverse_b.dim() == 0:
         return inverse_a, inverse_b
     rows, columns = a.data.shape[0], b.data.shape[1]

@@ -11,7 +11,8 @@ The output has the input's dtype (autocast's, where it is on), grad_input the in
 weight's. A GEMM whose operands are DISABLED runs in the operands' own dtype.
 
 What backward keeps, besides the scalar scales of the forward (a scale is never computed twice from what
-might by then be other bits; row scales differ between the GEMMs and come with their operand):
+might by then be other bits; row scales differ between the GEMMs and come with their operand, and their
+inverses too where Triton casts):
 
 - X in high precision and cast again; or X8ᵀ, already turned, where `saved_input` is ``float8``. A compiler
   that sees X cast again may do that in forward and keep X8ᵀ, which serves all linears that read X, unless
@@ -100,8 +101,8 @@ class Float8Mm(torch.autograd.Function):
         ctx.x_dtype, ctx.w_dtype = x.dtype, weight.dtype
         ctx.kept_x, ctx.kept_w = x_columns is not None, w_columns is not None
         ctx.save_for_backward(
-            *((x, x_gw_scale) if x_columns is None else (x_columns.data.t(), x_columns.scale)),
-            *((weight, w_gi_scale) if w_columns is None else (w_columns.data.t(), w_columns.scale)),
+            *((x, x_gw_scale, None) if x_columns is None else x_columns.t()),
+            *((weight, w_gi_scale, None) if w_columns is None else w_columns.t()),
             dy_scale,
             dy_gw_scale,
             _alias(dy_amax),
@@ -121,7 +122,7 @@ class Float8Mm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of X and W where they are needed."""
         (dy,) = grads
-        x, x_scale, weight, w_scale, *stored, dy_amax, dy_stats = ctx.saved_tensors
+        x, x_scale, x_inverse, weight, w_scale, w_inverse, *stored, dy_amax, dy_stats = ctx.saved_tensors
         config: Float8LinearConfig = ctx.config
         scales = _dy_scales(dy, stored[0], stored[1], dy_amax, ctx.dy_group, config)
         if dy_stats is not None:
@@ -130,13 +131,15 @@ class Float8Mm(torch.autograd.Function):
         dy_rows, dy_columns = operands(dy, "grad_output", scales, config, rows=needs_x, columns=needs_w)
         grad_x = grad_w = None
         if needs_x:
-            w = Float8Operand(weight.t(), w_scale) if ctx.kept_w else None
+            w = Float8Operand(weight, w_scale, w_inverse).t() if ctx.kept_w else None
             if w is None:
                 w = operands(weight, "weight", (None, w_scale), config, rows=False, columns=True, after=dy)[1]
             grad_x = _grad_input(dy, weight, dy_rows, w, config).to(ctx.x_dtype)
         if needs_w:
-            kept = Float8Operand(x.t(), x_scale) if ctx.kept_x else _cast_again(x, x_scale, dy, config)
-            grad_w = _grad_weight(dy, x, dy_columns, kept, ctx.w_dtype, config)
+            x_fp8 = Float8Operand(x, x_scale, x_inverse).t() if ctx.kept_x else None
+            if x_fp8 is None:
+                x_fp8 = _cast_again(x, x_scale, dy, config)
+            grad_w = _grad_weight(dy, x, dy_columns, x_fp8, ctx.w_dtype, config)
         return (grad_x, grad_w, *[None] * 9)
 
 

@@ -87,10 +87,9 @@ def _both(
         first = _rows(t, cast, scale, config)
         return first, _columns(t, cast, scale, config) if cast.axiswise else first
     if cast.axiswise:
-        t8, row_scale, t8_turned, column_scale = kernels.cast_rows_and_columns(
-            t, cast.dtype, config.round_scales_to_power_of_2
-        )
-        return Float8Operand(t8, row_scale), Float8Operand(t8_turned.t(), column_scale)
+        made = kernels.cast_rows_and_columns(t, cast.dtype, config.round_scales_to_power_of_2)
+        t8_turned, *column_scales = made[3:]
+        return Float8Operand(*made[:3]), Float8Operand(t8_turned.t(), *column_scales)
     assert scale is not None
     t8, t8_turned = kernels.cast_both(t, scale, cast.dtype)
     return Float8Operand(t8, scale), Float8Operand(t8_turned.t(), scale)
@@ -115,8 +114,8 @@ def _columns(
     if config.cast_kernels != "triton":
         return _plain(t, cast, 0, scale, config)
     if cast.axiswise:
-        turned, scale = kernels.cast_columns(t, cast.dtype, config.round_scales_to_power_of_2, after)
-        return Float8Operand(turned.t(), scale)
+        turned, *scales = kernels.cast_columns(t, cast.dtype, config.round_scales_to_power_of_2, after)
+        return Float8Operand(turned.t(), *scales)
     assert scale is not None
     return Float8Operand(kernels.cast_transposed(t, scale, cast.dtype, after).t(), scale)
 

@@ -4,7 +4,7 @@ As in `kernels.triton.cast`, whose tiles write what is turned:
 
 - `amaxes_kernel`: of rows and columns in one pass, by tiles: an atomic a row and tile, and a column and
   program, or 512 in 65,536 elements. (A program that owns whole rows needs one per column for its few rows.)
-- `scales_kernel`: their scales; fp64 division is too slow to be repeated in every tile.
+- `scales_kernel`: their scales and inverses; fp64 division is too slow to be repeated in every tile.
 - `cast_rows_kernel`: a program owns whole rows and holds them in registers between amax and cast.
 - `cast_by_column_kernel`: elementwise, for what is not turned before it is cast.
 
@@ -31,7 +31,7 @@ from kernels.triton.cast import (
     turns_before_casting,
 )
 from kernels.triton.magnitude import magnitude
-from kernels.triton.scale import scale_of
+from kernels.triton.scale import inverse_of, scale_of
 
 _AMAXES_HEIGHT, _AMAXES_WIDTH = 64, 256
 """Of `amaxes_kernel`: a tile's rows and columns, 8 loads of 16 bytes a thread in bf16; a row is a warp's."""
@@ -81,18 +81,24 @@ def amaxes_kernel(
 def scales_kernel(
     amax_ptr,
     column_scale_ptr,
+    column_inverse_ptr,
     row_scale_ptr,
+    row_inverse_ptr,
     k,
     n,
     fmax: tl.constexpr,
     power_of_2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The scales of n amaxes (bits), of which the first k are the columns' and the others the rows'."""
+    """Scales and inverses of n amaxes (bits), of which the first k are the columns', the others the rows'."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     scale = scale_of(tl.load(amax_ptr + index, mask=index < n, other=0), fmax, power_of_2)
+    inverse = inverse_of(scale)
+    is_row = (index >= k) & (index < n)
     tl.store(column_scale_ptr + index, scale, mask=index < k)
-    tl.store(row_scale_ptr + (index - k), scale, mask=(index >= k) & (index < n))
+    tl.store(column_inverse_ptr + index, inverse, mask=index < k)
+    tl.store(row_scale_ptr + (index - k), scale, mask=is_row)
+    tl.store(row_inverse_ptr + (index - k), inverse, mask=is_row)
 
 
 @triton.jit
@@ -113,6 +119,7 @@ def cast_rows_kernel(
     x_ptr,
     rows_ptr,
     scale_ptr,
+    inverse_ptr,
     m,
     k,
     fmax: tl.constexpr,
@@ -121,7 +128,10 @@ def cast_rows_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """X8 (m, k) and its scales (m). A row of one chunk stays in registers, a longer one is read twice."""
+    """X8 (m, k), its scales (m) and inverses (m).
+
+    A row of one chunk stays in registers, a longer one is read twice.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, CHUNK)
     here = (row < m)[:, None] & (column < k)[None, :]
@@ -135,6 +145,7 @@ def cast_rows_kernel(
         largest = tl.maximum(largest, tl.max(magnitude(x_too), axis=1))
     scale = scale_of(largest, fmax, power_of_2)
     tl.store(scale_ptr + row, scale, mask=row < m)
+    tl.store(inverse_ptr + row, inverse_of(scale), mask=row < m)
     y = saturated(x, scale[:, None], fmax)
     tl.store(rows_ptr + place, y.to(rows_ptr.dtype.element_ty), mask=here)
     for number in range(1, CHUNKS):
@@ -147,18 +158,19 @@ def cast_rows_kernel(
 
 def cast_rows(
     x: Tensor, dtype: torch.dtype, power_of_2: bool, stored_as: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """x8 (M, K) and its scales (M, 1)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x8 (M, K), its scales (M, 1) and their inverses."""
     x = x.contiguous()
     m, k = x.shape
     out = torch.empty((m, k), dtype=stored_as or dtype, device=x.device)
-    scale = torch.empty((m, 1), dtype=torch.float32, device=x.device)
+    scale, inverse = (torch.empty((m, 1), dtype=torch.float32, device=x.device) for _ in range(2))
     rows, chunk, warps = rows_of_a_program(k)
     with torch.cuda.device_of(x):
         cast_rows_kernel[(triton.cdiv(m, rows),)](
             x,
             out,
             scale,
+            inverse,
             m,
             k,
             float8_max(dtype),
@@ -168,45 +180,49 @@ def cast_rows(
             CHUNKS=triton.cdiv(k, chunk),
             num_warps=warps,
         )
-    return out, scale
+    return out, scale, inverse
 
 
 def cast_columns(
     x: Tensor, dtype: torch.dtype, power_of_2: bool, stored_as: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """x8ᵀ (K, M) and its scales (1, K)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x8ᵀ (K, M), its scales (1, K) and their inverses."""
     x = x.contiguous()
-    scale, _ = _scales(x, dtype, power_of_2, by_row=False)
+    scale, inverse, *_ = _scales(x, dtype, power_of_2, by_row=False)
     if turns_before_casting(x):
-        return cast_tiles(x, dtype, stored_as, scale, by_line=True), scale
+        return cast_tiles(x, dtype, stored_as, scale, by_line=True), scale, inverse
     out = torch.empty(x.shape, dtype=stored_as or dtype, device=x.device)
     with torch.cuda.device_of(x):
         cast_by_column_kernel[tiles_of(x)](
             x, scale, out, *x.shape, float8_max(dtype), **tile_of(x)
         )
-    return transpose_float8(out), scale
+    return transpose_float8(out), scale, inverse
 
 
 def cast_rows_and_columns(
     x: Tensor, dtype: torch.dtype, power_of_2: bool, stored_as: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `cast_rows` and then what `cast_columns` give."""
     x = x.contiguous()
     if not turns_before_casting(x):
         return (*cast_rows(x, dtype, power_of_2, stored_as), *cast_columns(x, dtype, power_of_2, stored_as))
-    column_scale, row_scale = _scales(x, dtype, power_of_2, by_row=True)
+    column_scale, column_inverse, row_scale, row_inverse = _scales(x, dtype, power_of_2, by_row=True)
     rows = torch.empty(x.shape, dtype=stored_as or dtype, device=x.device)
     columns = cast_tiles(x, dtype, stored_as, column_scale, by_line=True, rows=rows, row_scale=row_scale)
-    return rows, row_scale, columns, column_scale
+    return rows, row_scale, row_inverse, columns, column_scale, column_inverse
 
 
-def _scales(x: Tensor, dtype: torch.dtype, power_of_2: bool, by_row: bool) -> tuple[Tensor, Tensor]:
-    """The scales of x's columns (1, K) and of its rows (M, 1) or, unless by_row, of none."""
+def _scales(
+    x: Tensor, dtype: torch.dtype, power_of_2: bool, by_row: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scales and inverses of x's columns (1, K) and of its rows (M, 1) or, unless by_row, of none."""
     m, k = x.shape
     lines = k + m * by_row
     amaxes = torch.zeros(lines, dtype=torch.int32, device=x.device)
-    columns = torch.empty((1, k), dtype=torch.float32, device=x.device)
-    rows = torch.empty((lines - k, 1), dtype=torch.float32, device=x.device)
+    scales = tuple(
+        torch.empty(shape, dtype=torch.float32, device=x.device)
+        for shape in ((1, k), (1, k), (lines - k, 1), (lines - k, 1))
+    )
     across, down = triton.cdiv(k, _AMAXES_WIDTH), triton.cdiv(m, _AMAXES_HEIGHT)
     depth = _AMAXES_DEPTH
     while depth > 1 and across * triton.cdiv(down, depth) < _AMAXES_PROGRAMS:
@@ -224,9 +240,9 @@ def _scales(x: Tensor, dtype: torch.dtype, power_of_2: bool, by_row: bool) -> tu
             num_warps=8,
         )
         scales_kernel[(triton.cdiv(lines, _SCALES),)](
-            amaxes, columns, rows, k, lines, float8_max(dtype), power_of_2, BLOCK=_SCALES
+            amaxes, *scales, k, lines, float8_max(dtype), power_of_2, BLOCK=_SCALES
         )
-    return columns, rows
+    return scales
 
 
 def rows_of_a_program(k: int) -> tuple[int, int, int]:

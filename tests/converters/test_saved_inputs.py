@@ -15,6 +15,7 @@ from converters.base import ConverterContext
 from converters.config import Float8SectionConfig
 from converters.float8 import (
     Float8Converter,
+    Float8Linear,
     Float8LinearConfig,
     convert_to_float8_training,
 )
@@ -148,6 +149,20 @@ def test_compiled_block_casts_each_tensor_once(
     assert casts(in_forward) == {**forward, "_scaled_mm": 7}
     assert casts(in_backward) == backward
     assert found == saved
+
+
+@pytest.mark.skipif(not CPU_HAS_ROW_SCALES, reason="this torch emulates row-scaled GEMMs on a CPU")
+@pytest.mark.parametrize("recompute_weight", [False, True])
+@pytest.mark.parametrize("saved", ["high_precision", "float8"])
+def test_compiled_rowwise_linear_is_casts_and_gemms(saved: str, recompute_weight: bool) -> None:
+    """The GEMMs' scales are what the casts gave: nothing is inverted, repeated or copied beside them."""
+    fields = {"cast_kernels": "triton", "saved_input": saved}
+    fields["force_recompute_fp8_weight_in_bwd"] = recompute_weight
+    layer = Float8Linear(64, 32, bias=False, dtype=torch.bfloat16, config=config("rowwise", **fields))
+    (forward, backward), _ = graphs(layer)
+    ops = {name for name in forward + backward if name.startswith(("aten.", "prims."))}
+    assert ops - {"aten.view", "aten.permute", "aten.t", "aten.expand"} == {"aten._scaled_mm"}
+    assert (forward["aten._scaled_mm"], backward["aten._scaled_mm"]) == (1, 2)
 
 
 @pytest.mark.parametrize(

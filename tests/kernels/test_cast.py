@@ -43,7 +43,8 @@ def rounded_away(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> to
 
 
 def same(got: torch.Tensor, want: torch.Tensor) -> bool:
-    return got.shape == want.shape and torch.equal(got.nan_to_num(123.0), want.nan_to_num(123.0))
+    without_nan = (t.nan_to_num(123.0, math.inf, -math.inf) for t in (got, want))
+    return got.shape == want.shape and torch.equal(*without_nan)
 
 
 def all_same(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> bool:
@@ -149,18 +150,12 @@ def test_a_scale_made_by_the_cast_of_edge_values(largest: float) -> None:
 def test_scales_by_row_and_by_column(size: tuple[int, int], power_of_2: bool, dtype: torch.dtype) -> None:
     x = sample(*size, dtype=dtype)
     by_row, by_column = (scale_from_amax(compute_amax(x, dim), E4M3, power_of_2) for dim in (-1, 0))
-    rows, row_scale, columns, column_scale = by_line.cast_rows_and_columns(
-        x, E4M3, power_of_2, stored_as=torch.float32
-    )
-    assert torch.equal(row_scale, by_row)
-    assert torch.equal(column_scale, by_column)
-    assert same(rows, rounded_away(x, by_row, E4M3))
-    assert same(columns, rounded_away(x, by_column, E4M3).t())
-    for alone, together in (
-        (by_line.cast_rows(x, E4M3, power_of_2, stored_as=torch.float32), (rows, row_scale)),
-        (by_line.cast_columns(x, E4M3, power_of_2, stored_as=torch.float32), (columns, column_scale)),
-    ):
-        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    rows = (rounded_away(x, by_row, E4M3), by_row, inverse_scale(by_row))
+    columns = (rounded_away(x, by_column, E4M3).t(), by_column, inverse_scale(by_column))
+    assert all_same(by_line.cast_rows(x, E4M3, power_of_2, torch.float32), rows)
+    assert all_same(by_line.cast_columns(x, E4M3, power_of_2, torch.float32), columns)
+    both = by_line.cast_rows_and_columns(x, E4M3, power_of_2, torch.float32)
+    assert all_same(both, rows + columns)
 
 
 def test_a_program_of_amaxes_goes_down(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +163,7 @@ def test_a_program_of_amaxes_goes_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(by_line, "_AMAXES_PROGRAMS", 1)
     x = sample(7 * 64 + 5, 20, dtype=torch.bfloat16)
     x[-1, 7], x[200, 3] = -100, 50
-    columns, rows = by_line._scales(x, E4M3, False, by_row=True)
+    columns, _, rows, _ = by_line._scales(x, E4M3, False, by_row=True)
     assert torch.equal(columns, scale_from_amax(compute_amax(x, 0), E4M3))
     assert torch.equal(rows, scale_from_amax(compute_amax(x, -1), E4M3))
     assert (columns[0, 7].item(), columns[0, 3].item()) == (
@@ -182,31 +177,43 @@ def test_a_row_longer_than_registers_hold(monkeypatch: pytest.MonkeyPatch) -> No
     x = sample(3, 141, dtype=torch.bfloat16)
     x[0, 0], x[1, 70], x[2, 140] = 50, -60, 70
     assert by_line.rows_of_a_program(141)[1] == 32
-    rows, scale = by_line.cast_rows(x, E4M3, False, stored_as=torch.float32)
+    rows, scale, inverse = by_line.cast_rows(x, E4M3, False, stored_as=torch.float32)
     assert torch.equal(scale, scale_from_amax(compute_amax(x, -1), E4M3))
+    assert torch.equal(inverse, inverse_scale(scale))
     assert same(rows, rounded_away(x, scale, E4M3))
 
 
 @pytest.mark.parametrize("power_of_2", [False, True])
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_scales_of_edge_values(dtype: torch.dtype, power_of_2: bool) -> None:
-    """A row of one value each, so that its scale is made of that amax."""
+    """A row of one value each, so that its scale is made of that amax, and the inverse of that scale."""
     near_one = [448.0 * (1 - 2.0**-24), 448.0 * (1 + 2.0**-23), 57344 / (1 - 2.0**-24)]
     amaxes = [0, 1, 3, 448, 57344, 1e-12, 1e-13, 2e-12, 2.0**-149, 2.0**-126, 3.4e38, math.inf, math.nan]
     x = torch.tensor([*amaxes, *near_one, *(torch.rand(200) * 1e-3).tolist()]).reshape(-1, 1)
-    want = scale_from_amax(x, dtype, power_of_2)
-    assert same(by_line.cast_rows(x, dtype, power_of_2, stored_as=torch.float32)[1], want)
-    assert same(by_line.cast_columns(x.t(), dtype, power_of_2, stored_as=torch.float32)[1], want.t())
+    scale = scale_from_amax(x, dtype, power_of_2)
+    want = (scale, inverse_scale(scale))
+    assert all_same(by_line.cast_rows(x, dtype, power_of_2, torch.float32)[1:], want)
+    turned = (scale.t(), inverse_scale(scale).t())
+    assert all_same(by_line.cast_columns(x.t(), dtype, power_of_2, torch.float32)[1:], turned)
+    # Both in one pass take scales of rows from another kernel, if elements have 2 bytes.
+    x = x.to(torch.bfloat16)
+    scale = scale_from_amax(x, dtype, power_of_2)
+    both = by_line.cast_rows_and_columns(x, dtype, power_of_2, torch.float32)
+    assert all_same(both[1:3], (scale, inverse_scale(scale)))
 
 
 def test_bad_values_stay_in_their_row_and_column() -> None:
     x = sample(5, 40, dtype=torch.bfloat16)
     x[1, 2], x[3, 4] = math.nan, math.inf
-    rows, _, columns, _ = by_line.cast_rows_and_columns(x, E4M3, True, stored_as=torch.float32)
+    made = by_line.cast_rows_and_columns(x, E4M3, True, stored_as=torch.float32)
+    rows, columns = made[0], made[3]
     assert rows.isnan().nonzero()[:, 0].unique().tolist() == [1, 3]
     assert rows[3, 4].isnan()
     assert columns.isnan().nonzero()[:, 0].unique().tolist() == [2, 4]
     assert not rows[[0, 2, 4]].isnan().any()
+    want = *cast.cast_rows_reference(x, E4M3, True)[1:], *cast.cast_columns_reference(x, E4M3, True)[1:]
+    assert all_same((*made[1:3], *made[4:]), want)
+    assert made[2][3] == math.inf  # of a scale that is 0
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -380,7 +387,7 @@ def test_rows_compile_for_hopper(k: int) -> None:
     rows, chunk, warps = by_line.rows_of_a_program(k)
     found = compiled(
         "cast_by_line:cast_rows_kernel",
-        {"x_ptr": "*bf16", "rows_ptr": "*fp8e4nv", "scale_ptr": "*fp32"},
+        {"x_ptr": "*bf16", "rows_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "inverse_ptr": "*fp32"},
         "m k",
         {"fmax": 448.0, "power_of_2": True, "ROWS": rows, "CHUNK": chunk, "CHUNKS": 1},
         warps,
