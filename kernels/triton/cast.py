@@ -109,13 +109,16 @@ def cast_tiles_kernel(
     BY_LINE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """X8ᵀ (k, m) and, with WRITE_ROWS, x8 (m, k), of x whose elements are 2 bytes.
 
-    One scale, column_scale_ptr's, or BY_LINE one per column for x8ᵀ and one per row for x8.
+    One scale, column_scale_ptr's, or BY_LINE one per column for x8ᵀ and one per row for x8. OVERLAPS where the
+    kernel before is the one that made the scales, and x was there before that began.
     """
     row, column = last_first(k, HEIGHT, WIDTH)
     x = _load_tile(x_ptr, row, column, m, k)
+    after_former(OVERLAPS)
     if BY_LINE:
         row_scale = tl.load(row_scale_ptr + row, mask=(row < m) & WRITE_ROWS, other=0.0)[:, None]
         column_scale = tl.load(column_scale_ptr + column, mask=column < k, other=0.0)[:, None]
@@ -297,7 +300,10 @@ def cast_tiles(
     rows: Tensor | None = None,
     row_scale: Tensor | None = None,
 ) -> Tensor:
-    """x8ᵀ, with one scale or, by line, one per column; fills rows, by line with row_scale."""
+    """x8ᵀ, with one scale or, by line, one per column; fills rows, by line with row_scale.
+
+    By line the scales come from the launch before this one, and x from one before that.
+    """
     x = x.contiguous()
     columns = torch.empty((x.shape[1], x.shape[0]), dtype=stored_as or dtype, device=x.device)
     with torch.cuda.device_of(x):
@@ -313,5 +319,6 @@ def cast_tiles(
             WRITE_ROWS=rows is not None,
             BY_LINE=by_line,
             **tile_of(x),
+            **(overlapping(x) if by_line else {"OVERLAPS": False}),
         )
     return columns

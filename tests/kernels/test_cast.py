@@ -158,14 +158,16 @@ def test_scales_by_row_and_by_column(size: tuple[int, int], power_of_2: bool, dt
     assert all_same(both, rows + columns)
 
 
-def test_a_program_of_amaxes_goes_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through four tiles, of which the last program's are not all there."""
-    monkeypatch.setattr(by_line, "_AMAXES_PROGRAMS", 1)
-    x = sample(7 * 64 + 5, 20, dtype=torch.bfloat16)
-    x[-1, 7], x[200, 3] = -100, 50
-    columns, _, rows, _ = by_line._scales(x, E4M3, False, by_row=True)
+@pytest.mark.parametrize("size", [(453, 20), (2311, 20), (40, 2100)])
+def test_amaxes_of_parts_become_one(size: tuple[int, int]) -> None:
+    """Of several levels, of more parts than a program looks at at a time, the last ones not all there."""
+    x = sample(*size, dtype=torch.bfloat16)
+    x[-1, 7], x[0, -1], x[size[0] // 2, 3] = -100, math.inf, 50
+    columns, column_inverse, rows, row_inverse = by_line._scales(x, E4M3, False, by_row=True)
     assert torch.equal(columns, scale_from_amax(compute_amax(x, 0), E4M3))
     assert torch.equal(rows, scale_from_amax(compute_amax(x, -1), E4M3))
+    assert torch.equal(column_inverse, inverse_scale(columns))
+    assert torch.equal(row_inverse, inverse_scale(rows))
     assert (columns[0, 7].item(), columns[0, 3].item()) == (
         torch.tensor(4.48).item(),
         torch.tensor(8.96).item(),
@@ -309,11 +311,12 @@ def test_tiles_compile_for_hopper(rows: bool, lines: bool) -> None:
             "WRITE_ROWS": rows,
             "BY_LINE": lines,
             **dict(tile),
+            "OVERLAPS": lines,
         },
         warps,
     )
     assert found["stack"] == 0
-    assert found["registers"] <= 72  # seven programs of 4 warps a multiprocessor
+    assert found["registers"] <= (128 if lines else 72)  # four or seven programs of 4 warps a multiprocessor
     assert VECTOR_LOAD in found["accesses"]
     assert {access for access in found["accesses"] if access.startswith("st.")} == {VECTOR_STORE}
 
@@ -368,18 +371,37 @@ def test_an_undefined_register_is_seen(instruction: str, undefined: bool) -> Non
     assert reads_undefined(f"        /*0a10*/                   {instruction}") is undefined
 
 
-def test_amaxes_compile_for_hopper() -> None:
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_amaxes_of_lines_and_their_scales_compile_for_hopper(overlaps: bool) -> None:
+    *tile, (_, warps) = by_line._AMAXES.items()
     found = compiled(
         "cast_by_line:amaxes_kernel",
-        {"x_ptr": "*bf16", "amax_ptr": "*i32"},
+        {"x_ptr": "*bf16", "amaxes_ptr": "*i32"},
         "m k depth",
-        {"BY_ROW": True, "HEIGHT": by_line._AMAXES_HEIGHT, "WIDTH": by_line._AMAXES_WIDTH},
-        8,
+        {"BY_ROW": True, **dict(tile), "OVERLAPS": overlaps},
+        warps,
     )
     assert found["stack"] == 0
-    assert found["registers"] <= 128  # two programs a multiprocessor
+    assert found["registers"] <= 128  # eight programs of 2 warps a multiprocessor
     assert VECTOR_LOAD in found["accesses"]
     assert not any(access.startswith("ld.") for access in found["accesses"] if access != VECTOR_LOAD)
+    scales = ("column_scale_ptr", "column_inverse_ptr", "row_scale_ptr", "row_inverse_ptr")
+    found = compiled(
+        "cast_by_line:scales_kernel",
+        {"amaxes_ptr": "*i32", **dict.fromkeys(scales, "*fp32")},
+        "m k down across",
+        {
+            "fmax": 448.0,
+            "power_of_2": False,
+            "BLOCK": by_line._SCALES,
+            "PARTS": by_line._PARTS,
+            "OVERLAPS": overlaps,
+        },
+        4,
+    )
+    assert found["stack"] == 0
+    assert found["registers"] <= 64
+    assert VECTOR_LOAD in found["accesses"]
 
 
 @pytest.mark.parametrize("k", [4096, 14336])
