@@ -58,9 +58,7 @@ def amaxes_of_parts(x: Tensor) -> Tensor:
     amaxes = torch.empty(PARTS, dtype=torch.float32, device=x.device)
     rounds = triton.cdiv(x.numel(), _ELEMENTS * PARTS)
     with torch.cuda.device_of(x):
-        amax_kernel[(PARTS,)](
-            x, amaxes, x.numel(), rounds, BLOCK=_ELEMENTS, num_warps=8, **overlapping(x)
-        )
+        amax_kernel[(PARTS,)](x, amaxes, x.numel(), rounds, BLOCK=_ELEMENTS, num_warps=8, **overlapping(x))
     return amaxes
 
 

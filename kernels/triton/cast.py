@@ -263,9 +263,7 @@ def transpose_float8(x: Tensor) -> Tensor:
     tile = _TURNED if _is_even(x) else _TURNED // 2
     grid = (triton.cdiv(x.shape[0], tile) * triton.cdiv(x.shape[1], tile),)
     with torch.cuda.device_of(x):
-        transpose_kernel[grid](
-            x.view(moved), out.view(moved), *x.shape, TILE=tile, num_warps=_TURNED_WARPS
-        )
+        transpose_kernel[grid](x.view(moved), out.view(moved), *x.shape, TILE=tile, num_warps=_TURNED_WARPS)
     return out
 
 

@@ -220,9 +220,7 @@ def cast_columns(
         return cast_tiles(x, dtype, stored_as, scale, by_line=True), scale, inverse
     out = torch.empty(x.shape, dtype=stored_as or dtype, device=x.device)
     with torch.cuda.device_of(x):
-        cast_by_column_kernel[tiles_of(x)](
-            x, scale, out, *x.shape, float8_max(dtype), **tile_of(x)
-        )
+        cast_by_column_kernel[tiles_of(x)](x, scale, out, *x.shape, float8_max(dtype), **tile_of(x))
     return transpose_float8(out), scale, inverse
 
 

@@ -66,9 +66,8 @@ def test_the_kernels_are_the_reference(M, D, dtype, monkeypatch):
     import kernels.triton.rms_norm
     from kernels.triton.rms_norm import launch_backward, launch_forward
 
-    monkeypatch.setattr(
-        kernels.triton.rms_norm, "PROGRAMS", {1: 2, 2: 2, 3: 2}
-    )  # so that one has several rows
+    # One multiprocessor: a program has several rows, where a row is long enough, and all of M = 4 or 7.
+    monkeypatch.setattr(kernels.triton.rms_norm, "chip_of", lambda device: (1, 2**17))
     tolerance = {"rtol": 1e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
     (x, r, grad, stream), weight = inputs(M, D, dtype)
     amax = torch.zeros(1)
@@ -129,25 +128,37 @@ def test_operators_compose_with_the_compiler():
     )
 
 
-@pytest.mark.parametrize("D", [4096, pytest.param(16384, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("grads", [1, 3])
-def test_hopper_moves_sixteen_bytes_without_spilling(D, grads):
-    from kernels.triton.rms_norm import PROGRAMS, block_and_warps
+@pytest.mark.parametrize(
+    ("D", "grads", "dtype", "stages"),
+    [
+        (4096, 1, "bf16", 4),
+        (4096, 3, "bf16", 4),
+        (2048, 2, "bf16", 4),
+        pytest.param(8192, 3, "bf16", 3, marks=pytest.mark.slow),
+        pytest.param(8192, 3, "fp32", 2, marks=pytest.mark.slow),
+        pytest.param(16384, 3, "bf16", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_hopper_fetches_rows_ahead_without_spilling(D, grads, dtype, stages):
+    from kernels.triton.rms_norm import _WARPS, block_and_warps, programs_and_stages
 
     block, warps = block_and_warps(D)
-    tensors = dict.fromkeys(("grad", "second_grad", "third_grad", "x", "weight"), "*bf16")
+    row_bytes = (grads + 3) * block * (2 if dtype == "bf16" else 4)
+    programs, found_stages = programs_and_stages(D, row_bytes, torch.device("cpu"))
+    assert found_stages == stages
+    tensors = dict.fromkeys(("grad", "second_grad", "third_grad", "x", "weight"), f"*{dtype}")
     signature = {
         **tensors,
         "rstd": "*fp32",
-        "stream_grad": "*bf16",
-        "grad_x": "*bf16",
+        "stream_grad": f"*{dtype}",
+        "grad_x": f"*{dtype}",
         "grad_weight_parts": "*fp32",
         "amax": "*i32",
-        "M": "i32",
-        "D": "i32",
-        **dict.fromkeys(("GRADS", "WITH_STREAM", "WITH_AMAX", "ROWS", "BLOCK"), "constexpr"),
+        **dict.fromkeys(("M", "D"), "i32"),
+        **dict.fromkeys(("GRADS", "WITH_STREAM", "WITH_AMAX", "ROWS", "STAGES", "BLOCK"), "constexpr"),
     }
-    constants = {"GRADS": grads, "WITH_STREAM": True, "WITH_AMAX": True, "ROWS": 22, "BLOCK": block}
+    constants = {"GRADS": grads, "WITH_STREAM": True, "WITH_AMAX": True, "ROWS": 63, "BLOCK": block}
+    constants["STAGES"] = stages
     found = compile_for_hopper(
         "kernels.triton.rms_norm:backward_kernel",
         signature,
@@ -156,6 +167,22 @@ def test_hopper_moves_sixteen_bytes_without_spilling(D, grads):
         aligned=tuple(name for name in signature if name not in constants),
     )
     assert found["stack"] == 0
-    assert found["registers"] * 32 * warps * (PROGRAMS[grads] // 128 if D == 4096 else 1) <= 65536
-    assert "ld.global.v4.b32" in found["accesses"]
+    together = programs // 132
+    assert together == max(1, _WARPS // warps)
+    assert found["registers"] * 32 * warps * together <= 65536
+    assert found["shared"] * together <= 227 * 1024
+    assert (stages - 1) * row_bytes <= found["shared"]
+    assert ("ld.global.v4.b32" in found["accesses"]) == (
+        stages == 1
+    )  # the others are copied to shared memory
     assert "st.global.v4.b32" in found["accesses"]
+
+
+@pytest.mark.parametrize(("P", "D"), [(1, 1), (3, 70), (70, 33), (200, 16)])
+def test_parts_are_added(P, D):
+    from kernels.triton.rms_norm import _COLUMNS, _PARTS, add_parts_kernel
+
+    torch.manual_seed(P)
+    parts, out = torch.randn(P, D), torch.empty(D)
+    add_parts_kernel[(-(-D // _COLUMNS),)](parts, out, P, D, COLUMNS=_COLUMNS, PARTS=_PARTS)
+    torch.testing.assert_close(out, parts.sum(0))
