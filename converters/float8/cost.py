@@ -18,8 +18,8 @@ who makes the tensor as well; weights have no producer.
     fused      tensorwise  4 8 4    rowwise  4 12 4    rowwise_with_gw_hp  3 12 3
 
 The model knows no launches and no badly coalesced stores, so it is kind to small layers and to transposed
-casts: (8192, 4096, 1024) alone on an H100 is 1.16 times as fast in it by the Triton kernels, and 0.97 in
-fact; rowwise 1.16 and 0.80. Among layers that read one X it does not stand alone: a compiled block casts X
+casts: (8192, 4096, 1024) alone on an H100 is 1.16 times as fast in it by the Triton kernels, and 1.08 in
+fact; rowwise 1.16 and 0.99. Among layers that read one X it does not stand alone: a compiled block casts X
 once, and the others pay for W and Y only (``shares_input``).
 
 A run's report uses it to name the converted layers that lose even so, with an H100's ceilings; other GPUs

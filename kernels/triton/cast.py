@@ -113,8 +113,8 @@ def cast_tiles_kernel(
 ):
     """X8ᵀ (k, m) and, with WRITE_ROWS, x8 (m, k), of x whose elements are 2 bytes.
 
-    One scale, column_scale_ptr's, or BY_LINE one per column for x8ᵀ and one per row for x8. OVERLAPS where the
-    kernel before is the one that made the scales, and x was there before that began.
+    One scale, column_scale_ptr's, or BY_LINE one per column for x8ᵀ and one per row for x8. OVERLAPS where
+    the kernel before is the one that made the scales, and x was there before that began.
     """
     row, column = last_first(k, HEIGHT, WIDTH)
     x = _load_tile(x_ptr, row, column, m, k)
@@ -159,9 +159,9 @@ def scale_and_cast_tiles_kernel(
 ):
     """Both layouts as above, the one scale being that of the largest of PARTS amaxes; it and its inverse.
 
-    OVERLAPS where the kernel before is the one that made the amaxes, and x was there before that began: then
-    the tile is loaded while that ends. Elsewhere the scale comes before the tile: the division takes registers
-    that a tile in hand would need.
+    OVERLAPS where the kernel before is the one that made the amaxes, and x was there before that began:
+    then the tile is loaded while that ends. Elsewhere the scale comes before the tile: the division takes
+    registers that a tile in hand would need.
     """
     row, column = last_first(k, HEIGHT, WIDTH)
     if OVERLAPS:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 @triton.jit
 def after_former(OVERLAPS: tl.constexpr):
-    """Wait for the kernel before, if this one may have been launched before its end; let the next one begin."""
+    """Wait for the kernel before, if this one may have begun before its end; let the next one begin."""
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
