@@ -178,9 +178,11 @@ def found():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ten_adam_steps_equal_one_process(found, layout, precompute):
     losses, want = found[layout, precompute][0], found["one"][0]
-    assert losses == pytest.approx(want, rel=1e-6)
+    # Sums split over tp round differently, and Adam turns a tiny gradient into a step.
+    splits_sums = "tp" in layout
+    assert losses == pytest.approx(want, rel=1e-5 if splits_sums else 1e-6)
     assert want[-1] < want[0]
-    if "tp" not in layout:  # sums split over tp round differently, and Adam turns a tiny gradient into a step
+    if not splits_sums:
         for name, weight in found["one"][1].items():
             torch.testing.assert_close(found[layout, precompute][3][name], weight, rtol=1e-5, atol=1e-6)
 
