@@ -14,8 +14,8 @@ begins while the one before ends (`kernels.triton.overlap`). Microseconds on an 
 (8192, 4096) 56 and 32, (4096, 4096) 35 and 19, (8192, 14336) 160 and 92, (8192, 1024) 23 and 14.
 
 So scales by row and column cost 2 + 2 + 1 + 1 bytes an element in bf16. At 3.0 TB/s that is 67 us for
-(8192, 4096), 235 us for (8192, 14336), 117 us for (14336, 4096) and 17 us for (8192, 1024), less what the
-second pass finds in L2. Measured, with a launch's 4 us: 72, 249, and 22 us for (8192, 1024).
+(8192, 4096), 235 us for (8192, 14336) and 17 us for (8192, 1024), less what the second pass finds in L2;
+measured, with 4 us for a launch, 72, 249 and 22.
 """
 
 from __future__ import annotations
