@@ -3,8 +3,8 @@
 x is (m, k) row-major. Memory sets the pace of all of them, so each element is read from it once a pass, and
 every load and store moves 16 bytes a thread (rows of x8 and of x8ᵀ; sizes divisible by 16, as Triton sees
 from the arguments; others are right but slower). Measured on an H100, (8192, 14336) bf16 with both layouts
-written: 0.162 ms, 2.9 TB/s. Instructions come next: where L2 holds what is read, as behind an amax, some
-1,000 a thread and tile took half of the time, so the clamp is one instruction and not two.
+written: 0.162 ms, 2.9 TB/s. Instructions come next: 1,000 a thread and tile would fill, by their
+number, nearly half of that time, so the clamp is one instruction and not two.
 
 - `cast_kernel`: elementwise.
 - `cast_tiles_kernel`: a tile in, its float8 form out twice, the second time turned through shared memory.
@@ -35,12 +35,12 @@ from kernels.scaling import float8_max, inverse_scale, scale_from_amax
 from kernels.triton.amax import amax as amax_of
 from kernels.triton.amax import amaxes_of_parts
 from kernels.triton.magnitude import magnitude
-from kernels.triton.overlap import after_former, overlapping
+from kernels.triton.overlap import APART, after_former, overlapping
 from kernels.triton.scale import inverse_of, scale_of
 
 _EVEN = {"HEIGHT": 64, "WIDTH": 128, "num_warps": 4}
 """Rows, columns and warps of a tile that is cast: 64 elements a thread, and a line of L2 or half of one in
-either direction of float8. Squares of 128 with 8 warps took 1 to 2 us longer a tensor: fewer programs, which
+either direction of float8. Squares of 128 with 8 warps took up to 2 us longer a tensor: fewer programs, which
 all load, compute and store at the same time."""
 _UNEVEN = {"HEIGHT": 64, "WIDTH": 64, "num_warps": 8}
 """Where a thread's elements are not adjacent and each has an address of its own: registers hold 16."""
@@ -225,7 +225,7 @@ def scale_and_cast_both(
         scale = scale_from_amax(amax_of(x) if amax is None else amax, dtype)
         return *cast_both(x, scale, dtype, stored_as), scale, inverse_scale(scale)
     amaxes = amaxes_of_parts(x) if amax is None else amax
-    overlap = overlapping(x) if amax is None else {"OVERLAPS": False}
+    overlap = overlapping(x) if amax is None else APART
     rows = torch.empty(x.shape, dtype=stored_as or dtype, device=x.device)
     columns = torch.empty((x.shape[1], x.shape[0]), dtype=stored_as or dtype, device=x.device)
     scale, inverse = (torch.empty((), dtype=torch.float32, device=x.device) for _ in range(2))
@@ -317,6 +317,6 @@ def cast_tiles(
             WRITE_ROWS=rows is not None,
             BY_LINE=by_line,
             **tile_of(x),
-            **(overlapping(x) if by_line else {"OVERLAPS": False}),
+            **(overlapping(x) if by_line else APART),
         )
     return columns

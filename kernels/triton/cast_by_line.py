@@ -39,10 +39,9 @@ from kernels.triton.magnitude import magnitude
 from kernels.triton.overlap import after_former, overlapping
 from kernels.triton.scale import inverse_of, scale_of
 
-_AMAXES = {"HEIGHT": 32, "WIDTH": 128, "num_warps": 2}
-"""Of `amaxes_kernel`: a tile's rows, columns and warps; 8 loads of 16 bytes a thread in bf16."""
-_DEPTH = 4
-"""Tiles that a program goes down."""
+_AMAXES = {"HEIGHT": 32, "WIDTH": 128, "DEPTH": 4, "num_warps": 2}
+"""Of `amaxes_kernel`: a tile's rows and columns, 8 loads of 16 bytes a thread in bf16; the tiles that a
+program goes down; its warps."""
 _SCALES, _PARTS = 64, 16
 """Of `scales_kernel`: scales that a program makes, and parts that it looks at at a time."""
 _ROW_ELEMENTS, _ROW_CHUNK, _THREAD_ELEMENTS = 8192, 32768, 32
@@ -56,26 +55,26 @@ def amaxes_kernel(
     amaxes_ptr,
     m,
     k,
-    depth,
     BY_ROW: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """Bits of the amaxes of parts of columns (down, k) and, BY_ROW, behind them of parts of rows (across, m).
 
-    A program goes down through `depth` tiles: that is its part of these columns, and a tile one of its rows.
+    A program goes down through DEPTH tiles: that is its part of these columns, and a tile one of its rows.
     """
     program = tl.program_id(0).to(tl.int64)
     across = tl.cdiv(k, WIDTH)
     side, level = program % across, program // across
-    row_amaxes_ptr = amaxes_ptr + tl.cdiv(m, HEIGHT * depth).to(tl.int64) * k + side * m
+    row_amaxes_ptr = amaxes_ptr + tl.cdiv(m, HEIGHT * DEPTH).to(tl.int64) * k + side * m
     column = side * WIDTH + tl.arange(0, WIDTH)
     largest = tl.zeros([HEIGHT, WIDTH], tl.int32)
     after_former(OVERLAPS)
     number = 0
-    while number < depth:
-        row = (level * depth + number) * HEIGHT + tl.arange(0, HEIGHT)
+    while number < DEPTH:
+        row = (level * DEPTH + number) * HEIGHT + tl.arange(0, HEIGHT)
         # Past the last row it is the last again: no mask of rows, which costs more than this.
         place = tl.minimum(row, m - 1)[:, None] * k + column[None, :]
         bits = magnitude(tl.load(x_ptr + place, mask=(column < k)[None, :], other=0.0))
@@ -247,11 +246,11 @@ def _scales(
         torch.empty(shape, dtype=torch.float32, device=x.device)
         for shape in ((1, k), (1, k), (rows, 1), (rows, 1))
     )
-    across, down = triton.cdiv(k, _AMAXES["WIDTH"]), triton.cdiv(m, _AMAXES["HEIGHT"] * _DEPTH)
+    across, down = triton.cdiv(k, _AMAXES["WIDTH"]), triton.cdiv(m, _AMAXES["HEIGHT"] * _AMAXES["DEPTH"])
     amaxes = torch.empty(down * k + across * rows, dtype=torch.int32, device=x.device)
     overlap = overlapping(x)
     with torch.cuda.device_of(x):
-        amaxes_kernel[(across * down,)](x, amaxes, m, k, _DEPTH, BY_ROW=by_row, **_AMAXES, **overlap)
+        amaxes_kernel[(across * down,)](x, amaxes, m, k, BY_ROW=by_row, **_AMAXES, **overlap)
         scales_kernel[(triton.cdiv(k, _SCALES) + triton.cdiv(rows, _SCALES),)](
             amaxes,
             *scales,

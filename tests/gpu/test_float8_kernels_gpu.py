@@ -202,8 +202,11 @@ def test_a_scale_made_by_the_cast(size: tuple[int, int], dtype: torch.dtype) -> 
         assert all_same(cast.scale_and_cast_both(x, E5M2, x.abs().amax().float()), want)
 
 
-def test_a_tensor_made_just_before() -> None:
-    """Casts begin while the kernel before them runs, but read nothing that this still has to write."""
+def test_casts_back_to_back() -> None:
+    """Each begins while the kernel before it runs, in memory that others have just used.
+
+    Tensors differ in magnitude, so what is read too early has another's scale.
+    """
     made = [(number + 1) * sample((4096, 4096), torch.bfloat16) for number in range(4)]
     x, casts = torch.empty_like(made[0]), []
     for _ in range(5):

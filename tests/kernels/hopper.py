@@ -44,8 +44,10 @@ def compile_for_hopper(
         fp_fusion: Whether it may fuse products with additions (`enable_fp_fusion` of a launch).
 
     Returns:
-        registers (a thread), stack (bytes a thread: spills show here), shared (bytes a program), and the
-        distinct global loads and stores of its PTX. Fails where the machine code reads an undefined register.
+        registers (a thread), stack (bytes a thread: spills show here), shared (bytes a program), and of its
+        PTX the distinct global loads and stores (accesses) and, in their order, the waits for the kernel
+        before and the leave for the next one to begin (neighbours). Fails where the machine code reads an
+        undefined register.
     """
     request = {
         "kernel": kernel,
@@ -118,6 +120,7 @@ def _main() -> None:
                 "stack": int(found[2]),
                 "shared": compiled.metadata.shared,
                 "accesses": accesses,
+                "neighbours": re.findall(r"griddepcontrol\.(\w+)", compiled.asm["ptx"]),
                 "undefined": [line.strip() for line in code.splitlines() if reads_undefined(line)],
             }
         )
