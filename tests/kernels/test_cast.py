@@ -1,8 +1,4 @@
-"""Cast kernels by Triton's interpreter, before they round to float8, and what their compiled form takes.
-
-The interpreter's own conversion to float8 is wrong (it truncates and loses NaN), so kernels write fp32 here;
-`tests/gpu/test_float8_kernels_gpu.py` compares the float8 elements with the reference, bit for bit.
-"""
+"""Casts with one scale by Triton's interpreter, before they round to float8, and their compiled form."""
 
 import math
 
@@ -18,11 +14,20 @@ if torch.cuda.is_available():
 
 from kernels.triton import amax as amaxes
 from kernels.triton import cast as kernels
-from kernels.triton import cast_by_line as by_line
-from tests.kernels.hopper import compile_for_hopper, reads_undefined
+from tests.kernels.casts import (
+    E4M3,
+    E5M2,
+    SIZES,
+    VECTOR_LOAD,
+    VECTOR_STORE,
+    all_same,
+    compiled,
+    rounded_away,
+    same,
+    sample,
+)
+from tests.kernels.hopper import reads_undefined
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-SIZES = [(1, 1), (3, 130), (130, 3), (257, 80)]
 PARTS = amaxes.PARTS
 
 
@@ -30,25 +35,6 @@ PARTS = amaxes.PARTS
 def _few_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes milliseconds a program, were it idle."""
     monkeypatch.setattr(amaxes, "PARTS", 4)
-
-
-def sample(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    torch.manual_seed(sum(shape))
-    return (torch.randn(shape) * 3).to(dtype)
-
-
-def rounded_away(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is rounded to float8: the clamped product."""
-    return torch.clamp(x.float() * scale, -float8_max(dtype), float8_max(dtype))
-
-
-def same(got: torch.Tensor, want: torch.Tensor) -> bool:
-    without_nan = (t.nan_to_num(123.0, math.inf, -math.inf) for t in (got, want))
-    return got.shape == want.shape and torch.equal(*without_nan)
-
-
-def all_same(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> bool:
-    return all(same(*pair) for pair in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,80 +130,6 @@ def test_a_scale_made_by_the_cast_of_edge_values(largest: float) -> None:
     assert all_same(got, scaled_and_cast(x, E5M2))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("power_of_2", [False, True])
-@pytest.mark.parametrize("size", [*SIZES, (2, 9000)])
-def test_scales_by_row_and_by_column(size: tuple[int, int], power_of_2: bool, dtype: torch.dtype) -> None:
-    x = sample(*size, dtype=dtype)
-    by_row, by_column = (scale_from_amax(compute_amax(x, dim), E4M3, power_of_2) for dim in (-1, 0))
-    rows = (rounded_away(x, by_row, E4M3), by_row, inverse_scale(by_row))
-    columns = (rounded_away(x, by_column, E4M3).t(), by_column, inverse_scale(by_column))
-    assert all_same(by_line.cast_rows(x, E4M3, power_of_2, torch.float32), rows)
-    assert all_same(by_line.cast_columns(x, E4M3, power_of_2, torch.float32), columns)
-    both = by_line.cast_rows_and_columns(x, E4M3, power_of_2, torch.float32)
-    assert all_same(both, rows + columns)
-
-
-@pytest.mark.parametrize("size", [(453, 20), (2311, 20), (40, 2100)])
-def test_amaxes_of_parts_become_one(size: tuple[int, int]) -> None:
-    """Of several levels, of more parts than a program looks at at a time, the last ones not all there."""
-    x = sample(*size, dtype=torch.bfloat16)
-    x[-1, 7], x[0, -1], x[size[0] // 2, 3] = -100, math.inf, 50
-    columns, column_inverse, rows, row_inverse = by_line._scales(x, E4M3, False, by_row=True)
-    assert torch.equal(columns, scale_from_amax(compute_amax(x, 0), E4M3))
-    assert torch.equal(rows, scale_from_amax(compute_amax(x, -1), E4M3))
-    assert torch.equal(column_inverse, inverse_scale(columns))
-    assert torch.equal(row_inverse, inverse_scale(rows))
-    assert (columns[0, 7].item(), columns[0, 3].item()) == (
-        torch.tensor(4.48).item(),
-        torch.tensor(8.96).item(),
-    )
-
-
-def test_a_row_longer_than_registers_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(by_line, "_ROW_CHUNK", 64)
-    x = sample(3, 141, dtype=torch.bfloat16)
-    x[0, 0], x[1, 70], x[2, 140] = 50, -60, 70
-    assert by_line.rows_of_a_program(141)[1] == 32
-    rows, scale, inverse = by_line.cast_rows(x, E4M3, False, stored_as=torch.float32)
-    assert torch.equal(scale, scale_from_amax(compute_amax(x, -1), E4M3))
-    assert torch.equal(inverse, inverse_scale(scale))
-    assert same(rows, rounded_away(x, scale, E4M3))
-
-
-@pytest.mark.parametrize("power_of_2", [False, True])
-@pytest.mark.parametrize("dtype", [E4M3, E5M2])
-def test_scales_of_edge_values(dtype: torch.dtype, power_of_2: bool) -> None:
-    """A row of one value each, so that its scale is made of that amax, and the inverse of that scale."""
-    near_one = [448.0 * (1 - 2.0**-24), 448.0 * (1 + 2.0**-23), 57344 / (1 - 2.0**-24)]
-    amaxes = [0, 1, 3, 448, 57344, 1e-12, 1e-13, 2e-12, 2.0**-149, 2.0**-126, 3.4e38, math.inf, math.nan]
-    x = torch.tensor([*amaxes, *near_one, *(torch.rand(200) * 1e-3).tolist()]).reshape(-1, 1)
-    scale = scale_from_amax(x, dtype, power_of_2)
-    want = (scale, inverse_scale(scale))
-    assert all_same(by_line.cast_rows(x, dtype, power_of_2, torch.float32)[1:], want)
-    turned = (scale.t(), inverse_scale(scale).t())
-    assert all_same(by_line.cast_columns(x.t(), dtype, power_of_2, torch.float32)[1:], turned)
-    # Both in one pass take scales of rows from another kernel, if elements have 2 bytes.
-    x = x.to(torch.bfloat16)
-    scale = scale_from_amax(x, dtype, power_of_2)
-    both = by_line.cast_rows_and_columns(x, dtype, power_of_2, torch.float32)
-    assert all_same(both[1:3], (scale, inverse_scale(scale)))
-
-
-def test_bad_values_stay_in_their_row_and_column() -> None:
-    x = sample(5, 40, dtype=torch.bfloat16)
-    x[1, 2], x[3, 4] = math.nan, math.inf
-    made = by_line.cast_rows_and_columns(x, E4M3, True, stored_as=torch.float32)
-    rows, columns = made[0], made[3]
-    assert rows.isnan().nonzero()[:, 0].unique().tolist() == [1, 3]
-    assert rows[3, 4].isnan()
-    assert columns.isnan().nonzero()[:, 0].unique().tolist() == [2, 4]
-    assert not rows[[0, 2, 4]].isnan().any()
-    want = *cast.cast_rows_reference(x, E4M3, True)[1:], *cast.cast_columns_reference(x, E4M3, True)[1:]
-    assert all_same((*made[1:3], *made[4:]), want)
-    assert made[2][3] == math.inf  # of a scale that is 0
-
-
 @pytest.mark.parametrize("size", SIZES)
 def test_transpose(size: tuple[int, int]) -> None:
     x = sample(*size).to(E4M3)
@@ -232,21 +144,6 @@ def test_a_strided_tensor_is_read_as_it_looks() -> None:
     rows, columns = kernels.cast_both(x, scale, E4M3, stored_as=torch.float32)
     assert torch.equal(rows, x * 2)
     assert torch.equal(columns, x.t() * 2)
-
-
-@pytest.mark.parametrize(
-    ("k", "rows", "chunk", "warps"),
-    [
-        (1, 8192, 1, 8),
-        (1024, 8, 1024, 8),
-        (4096, 2, 4096, 8),
-        (14336, 1, 16384, 16),
-        (28672, 1, 32768, 16),
-        (128256, 1, 16384, 16),
-    ],
-)
-def test_rows_of_a_program(k: int, rows: int, chunk: int, warps: int) -> None:
-    assert by_line.rows_of_a_program(k) == (rows, chunk, warps)
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
@@ -277,21 +174,6 @@ def test_operators_without_a_gpu_are_the_reference(size: tuple[int, int], dtype:
     assert torch.equal(cast.transpose_float8(x8).float(), turned.float())
 
 
-VECTOR_LOAD, VECTOR_STORE = "ld.global.v4.b32", "st.global.v4.b32"
-
-
-def compiled(
-    kernel: str, pointers: dict[str, str], sizes: str, constants: dict[str, object], warps: int
-) -> dict[str, object]:
-    """`kernel` for Hopper, with all that can be a multiple of 16."""
-    names = sizes.split()
-    signature = {**pointers, **dict.fromkeys(names, "i32"), **dict.fromkeys(constants, "constexpr")}
-    aligned = [name for name in (*pointers, *names) if name != "rounds"]
-    return compile_for_hopper(
-        f"kernels.triton.{kernel}", signature, constants, num_warps=warps, aligned=tuple(aligned)
-    )
-
-
 @pytest.mark.parametrize(("rows", "lines"), [(True, False), (True, True), (False, True)])
 def test_tiles_compile_for_hopper(rows: bool, lines: bool) -> None:
     """No form spills, and all stores, the turned one too, are 16 bytes a thread."""
@@ -316,6 +198,7 @@ def test_tiles_compile_for_hopper(rows: bool, lines: bool) -> None:
         warps,
     )
     assert found["stack"] == 0
+    assert found["neighbours"] == ["wait", "launch_dependents"] * lines
     assert found["registers"] <= (128 if lines else 72)  # four or seven programs of 4 warps a multiprocessor
     assert VECTOR_LOAD in found["accesses"]
     assert {access for access in found["accesses"] if access.startswith("st.")} == {VECTOR_STORE}
@@ -337,6 +220,7 @@ def test_an_amax_and_its_cast_compile_for_hopper(overlaps: bool, registers: int)
     assert found["stack"] == 0
     assert found["registers"] <= 64
     assert found["accesses"] == [VECTOR_LOAD, "st.global.b32"]
+    assert found["neighbours"] == ["wait", "launch_dependents"] * overlaps
     pointers = {"x_ptr": "*bf16", "amaxes_ptr": "*fp32", "rows_ptr": "*fp8e5", "columns_ptr": "*fp8e5"}
     *tile, (_, warps) = kernels._EVEN.items()
     found = compiled(
@@ -354,6 +238,7 @@ def test_an_amax_and_its_cast_compile_for_hopper(overlaps: bool, registers: int)
     assert found["stack"] == 0
     assert found["registers"] <= registers
     assert set(found["accesses"]) == {VECTOR_LOAD, VECTOR_STORE, "st.global.b32"}
+    assert found["neighbours"] == ["wait", "launch_dependents"] * overlaps
 
 
 @pytest.mark.parametrize(
@@ -369,51 +254,3 @@ def test_an_amax_and_its_cast_compile_for_hopper(overlaps: bool, registers: int)
 )
 def test_an_undefined_register_is_seen(instruction: str, undefined: bool) -> None:
     assert reads_undefined(f"        /*0a10*/                   {instruction}") is undefined
-
-
-@pytest.mark.parametrize("overlaps", [False, True])
-def test_amaxes_of_lines_and_their_scales_compile_for_hopper(overlaps: bool) -> None:
-    *tile, (_, warps) = by_line._AMAXES.items()
-    found = compiled(
-        "cast_by_line:amaxes_kernel",
-        {"x_ptr": "*bf16", "amaxes_ptr": "*i32"},
-        "m k depth",
-        {"BY_ROW": True, **dict(tile), "OVERLAPS": overlaps},
-        warps,
-    )
-    assert found["stack"] == 0
-    assert found["registers"] <= 128  # eight programs of 2 warps a multiprocessor
-    assert VECTOR_LOAD in found["accesses"]
-    assert not any(access.startswith("ld.") for access in found["accesses"] if access != VECTOR_LOAD)
-    scales = ("column_scale_ptr", "column_inverse_ptr", "row_scale_ptr", "row_inverse_ptr")
-    found = compiled(
-        "cast_by_line:scales_kernel",
-        {"amaxes_ptr": "*i32", **dict.fromkeys(scales, "*fp32")},
-        "m k down across",
-        {
-            "fmax": 448.0,
-            "power_of_2": False,
-            "BLOCK": by_line._SCALES,
-            "PARTS": by_line._PARTS,
-            "OVERLAPS": overlaps,
-        },
-        4,
-    )
-    assert found["stack"] == 0
-    assert found["registers"] <= 64
-    assert VECTOR_LOAD in found["accesses"]
-
-
-@pytest.mark.parametrize("k", [4096, 14336])
-def test_rows_compile_for_hopper(k: int) -> None:
-    rows, chunk, warps = by_line.rows_of_a_program(k)
-    found = compiled(
-        "cast_by_line:cast_rows_kernel",
-        {"x_ptr": "*bf16", "rows_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "inverse_ptr": "*fp32"},
-        "m k",
-        {"fmax": 448.0, "power_of_2": True, "ROWS": rows, "CHUNK": chunk, "CHUNKS": 1},
-        warps,
-    )
-    assert found["stack"] == 0
-    assert found["registers"] <= 64  # 32 warps a multiprocessor
-    assert {VECTOR_LOAD, VECTOR_STORE} <= set(found["accesses"])

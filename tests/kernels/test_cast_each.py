@@ -17,8 +17,8 @@ if torch.cuda.is_available():
     pytest.skip("without the interpreter kernels need CUDA tensors: see tests/gpu", allow_module_level=True)
 
 from kernels.triton import cast_each as each
+from tests.kernels.casts import E4M3, E5M2, VECTOR_LOAD, VECTOR_STORE, rounded_away, sample
 from tests.kernels.hopper import compile_for_hopper
-from tests.kernels.test_cast import E4M3, E5M2, VECTOR_LOAD, VECTOR_STORE, rounded_away, sample
 
 BLOCK = each._ELEMENTS
 SIZES = [(0,), (1,), (3, 5), (BLOCK,), (2, BLOCK), (2, 0), (BLOCK + 2,), (BLOCK - 1,)]
