@@ -68,7 +68,7 @@ def amaxes_kernel(
     program = tl.program_id(0).to(tl.int64)
     across = tl.cdiv(k, WIDTH)
     side, level = program % across, program // across
-    row_amaxes_ptr = amaxes_ptr + tl.cdiv(m, HEIGHT * DEPTH).to(tl.int64) * k + side * m
+    row_amaxes_ptr = amaxes_ptr + tl.num_programs(0).to(tl.int64) // across * k + side * m
     column = side * WIDTH + tl.arange(0, WIDTH)
     largest = tl.zeros([HEIGHT, WIDTH], tl.int32)
     after_former(OVERLAPS)

@@ -167,7 +167,7 @@ def test_rows_compile_for_hopper(k: int) -> None:
     assert {VECTOR_LOAD, VECTOR_STORE} <= set(found["accesses"])
 
 
-@pytest.mark.parametrize("ones", [{"m", "down"}, {"k", "across"}])
+@pytest.mark.parametrize("ones", [{"m", "down"}, {"k", "across"}, {"m", "k", "down", "across"}])
 def test_sizes_of_one_compile(ones: set[str]) -> None:
     """Triton makes constants of them, and a constant is no tensor."""
 
